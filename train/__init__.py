@@ -1,0 +1,1 @@
+"""The two training stages: `fastlongspeech.train.ctc` (content density) and `fastlongspeech.train.dct` (dynamic compression)."""

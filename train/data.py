@@ -1,0 +1,288 @@
+"""Data of both training stages: reading rows, their order, the target length of every step, and the collators.
+
+A row is a recording with its text. Stage 1 reads `audio, text`, stage 2 `audio, question, answer`; other columns are
+ignored. Rows come from
+
+- a JSON-lines manifest, one object per line, paths relative to the manifest's folder, blank lines without meaning:
+  `{"audio": "clips/a.flac", "text": "hello"}`, or
+- a `datasets` folder: what `save_to_disk` wrote or what `load_dataset` can read. Where it holds several splits, name
+  one after a `#`: `corpus#train`.
+
+Every row is checked before training starts, its recording's header included, and the bad ones are named: nothing is
+left out silently.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from torch.utils.data import Dataset, Sampler
+
+FRAME_SECONDS = 0.04
+BAD_ROWS_SHOWN = 10
+
+
+class SpeechRows(Dataset):
+    """The checked rows of a manifest or `datasets` folder.
+
+    Indexed by a row number, or by a pair `(step, row number)` as `StepSampler` yields: then the row carries its
+    optimiser step under `"step"`. With `target_length`, every row carries that number of frames instead, for
+    evaluation at a fixed length.
+
+    Attributes:
+        durations (`list[float]`): seconds of every recording.
+    """
+
+    def __init__(
+        self, rows: Any, durations: list[float], columns: Sequence[str], target_length: int | None = None
+    ):
+        self.rows, self.durations, self.columns, self.target_length = rows, durations, tuple(columns), target_length
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        step, index = key if isinstance(key, tuple) else (None, key)
+        row = self.rows[index]
+        row = {name: row[name] for name in self.columns}
+        if step is not None:
+            row["step"] = step
+        if self.target_length is not None:
+            row["target_length"] = self.target_length
+        return row
+
+    def at(self, target_length: int) -> SpeechRows:
+        """Return the same rows, all to be fused to `target_length` frames."""
+        return SpeechRows(self.rows, self.durations, self.columns, target_length)
+
+    def texts(self, column: str) -> list[str]:
+        """Return one column of all rows, without touching their audio."""
+        return [row[column] for row in self.rows] if isinstance(self.rows, list) else list(self.rows[column])
+
+
+def load_rows(source: str | Path, columns: Sequence[str]) -> SpeechRows:
+    """Return the rows of a JSON-lines manifest or a `datasets` folder.
+
+    Args:
+        source: path of the manifest, or of the folder (`folder#split` where it has several splits).
+        columns: the columns every row must have, `"audio"` first; the others are text.
+
+    Raises:
+        FileNotFoundError: when there is nothing at `source`.
+        ValueError: when a row is not usable; every bad row is named with its line (or row) number and the remedy.
+    """
+    path, _, split = str(source).partition("#")
+    if Path(path).is_dir():
+        return _checked(_folder_rows(path, split, columns), str(source), columns, label="row", first=0)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no manifest or datasets folder at {path!r}; check the path.")
+    return _checked(_manifest_rows(Path(path)), str(source), columns, label="line", first=1)
+
+
+def _manifest_rows(path: Path) -> list[Any]:
+    """Return what stands on every line: an object, None for a blank line, or the ValueError of a line that is no JSON."""
+    rows: list[Any] = []
+    with open(path, encoding="utf-8-sig") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line) if line.strip() else None
+            except json.JSONDecodeError as error:
+                row = ValueError(f"is not JSON ({error}); write one object per line")
+            if isinstance(row, dict) and isinstance(row.get("audio"), str):
+                row["audio"] = str(path.parent / row["audio"])
+            rows.append(row)
+    return rows
+
+
+def _folder_rows(path: str, split: str, columns: Sequence[str]) -> Any:
+    """Return the `datasets.Dataset` in a folder, its audio left encoded."""
+    import datasets
+
+    if any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        found = datasets.load_from_disk(path)
+    else:
+        found = datasets.load_dataset(path)
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found and (split or len(found) > 1):
+            raise ValueError(
+                f"{path} has the splits {', '.join(found)}, got {split!r}; name one, as in {path}#{next(iter(found))}."
+            )
+        found = found[split or next(iter(found))]
+    elif split:
+        raise ValueError(f"{path} has no splits, got {split!r}; leave #{split} out.")
+    missing = [column for column in columns if column not in found.column_names]
+    if missing:
+        raise ValueError(
+            f"{path} has no column {', '.join(missing)} among {', '.join(found.column_names)}; rename its columns."
+        )
+    return found.select_columns(list(columns)).cast_column("audio", datasets.Audio(decode=False))
+
+
+def _checked(rows: Any, source: str, columns: Sequence[str], label: str, first: int) -> SpeechRows:
+    """Return the usable rows with their durations, or refuse the source naming every row that is not usable."""
+    with ThreadPoolExecutor() as pool:
+        checks = list(pool.map(lambda index: _check_row(rows[index], columns), range(len(rows))))
+    bad = [f"\n  {label} {number} {check}." for number, check in enumerate(checks, first) if isinstance(check, str)]
+    if bad:
+        more = f"\n  and {len(bad) - BAD_ROWS_SHOWN} more." if len(bad) > BAD_ROWS_SHOWN else ""
+        shown = "".join(bad[:BAD_ROWS_SHOWN])
+        raise ValueError(f"{source} has {len(bad)} bad rows of {len(rows)}; correct or remove them:{shown}{more}")
+    durations = [float(check) for check in checks if check is not None]
+    if not durations:
+        raise ValueError(f"{source} has no rows; write at least one with {', '.join(columns)}.")
+    kept = [row for row in rows if row is not None] if isinstance(rows, list) else rows
+    return SpeechRows(kept, durations, columns)
+
+
+def _check_row(row: Any, columns: Sequence[str]) -> float | str | None:
+    """Return the seconds of a row's recording, None for a blank line, or what is wrong and how to mend it."""
+    if row is None:
+        return None
+    if isinstance(row, ValueError):
+        return str(row)
+    if not isinstance(row, dict):
+        return f"holds a {type(row).__name__}; write an object with {', '.join(columns)}"
+    for column in columns:
+        if column not in row:
+            return f"has no {column!r}; it needs {', '.join(columns)}"
+    for column in columns[1:]:
+        if not isinstance(row[column], str) or not row[column].strip():
+            return f"has {column!r} = {row[column]!r}; it must be text that is not empty"
+    audio = row["audio"]
+    if isinstance(audio, dict):  # what `datasets` hands out
+        audio = io.BytesIO(audio["bytes"]) if audio.get("bytes") else audio.get("path")
+    elif not isinstance(audio, str):
+        return f"has 'audio' = {audio!r}; it must be the path of one recording"
+    if isinstance(audio, str) and not Path(audio).is_file():
+        return f"names the recording {audio}, which does not exist; correct the path"
+    try:
+        info = soundfile.info(audio)
+    except (soundfile.SoundFileError, TypeError, OSError) as error:
+        return f"has a recording that can't be read ({error}); convert it to wav or flac"
+    duration = info.frames / info.samplerate
+    if duration < FRAME_SECONDS:
+        return f"has a recording of {duration:.3f} s; it must last at least {FRAME_SECONDS} s"
+    return duration
+
+
+class StepSampler(Sampler):
+    """Yields `(step, row number)` for every sample of an epoch: the collator learns the optimiser step from the data.
+
+    The order is a function of (seed, epoch) alone. Each run of `samples_per_step` samples (batch size x accumulation
+    x processes) belongs to one optimiser step, counted from 0 over all epochs; the last step of an epoch is filled up
+    with rows from the epoch's beginning (or left out, `drop_last`). So a step has the same rows however it is divided
+    among micro-batches and processes, with any number of data loader workers, and after a resume.
+
+    Args:
+        durations: seconds of every row.
+        samples_per_step: rows in one optimiser step, all processes together.
+        seed: of the order.
+        global_step: returns the number of optimiser steps taken so far; tells which epoch begins.
+        strategy: `"random"`, `"sequential"`, or `"group_by_length"`: rows of like duration share a step.
+        drop_last: leave out the last, incomplete step of an epoch.
+    """
+
+    MEGABATCH = 50  # steps sorted by duration together, as in transformers' LengthGroupedSampler
+
+    def __init__(
+        self,
+        durations: Sequence[float],
+        samples_per_step: int,
+        seed: int,
+        global_step: Callable[[], int],
+        strategy: str = "random",
+        drop_last: bool = False,
+    ):
+        if strategy not in ("random", "sequential", "group_by_length"):
+            raise ValueError(
+                f"train_sampling_strategy must be random, sequential or group_by_length, got {strategy!r}; choose one."
+            )
+        if drop_last and len(durations) < samples_per_step:
+            raise ValueError(
+                f"dataloader_drop_last leaves no step: {len(durations)} rows, {samples_per_step} per step; switch it off."
+            )
+        self.durations, self.samples_per_step, self.seed = durations, samples_per_step, seed
+        self.global_step, self.strategy = global_step, strategy
+        steps = len(durations) / samples_per_step
+        self.steps_per_epoch = math.floor(steps) if drop_last else math.ceil(steps)
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.samples_per_step
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = self.global_step() // self.steps_per_epoch
+        for step, rows in enumerate(self.steps_of(epoch), epoch * self.steps_per_epoch):
+            for row in rows:
+                yield step, row
+
+    def steps_of(self, epoch: int) -> list[list[int]]:
+        """Return the row numbers of every step of an epoch."""
+        rows = np.arange(len(self.durations))
+        random = np.random.default_rng((self.seed, epoch))
+        if self.strategy != "sequential":
+            random.shuffle(rows)
+        rows = np.resize(rows, len(self))  # repeats from the beginning
+        if self.strategy == "group_by_length":
+            durations = np.asarray(self.durations)
+            size = self.MEGABATCH * self.samples_per_step
+            chunks = (rows[start : start + size] for start in range(0, len(rows), size))
+            rows = np.concatenate([chunk[np.argsort(durations[chunk], kind="stable")] for chunk in chunks])
+        steps = rows.reshape(self.steps_per_epoch, self.samples_per_step)
+        if self.strategy == "group_by_length":
+            random.shuffle(steps)
+        return steps.tolist()
+
+
+def draw_target_length(seed: int, step: int, target_lengths: Sequence[int]) -> int:
+    """Return L of an optimiser step, uniform over `target_lengths`: L ~ U(L) of Eq. 7, a function of (seed, step)."""
+    return int(target_lengths[np.random.default_rng((seed, step)).integers(len(target_lengths))])
+
+
+class CTCCollator:
+    """Makes rows of `audio, text` into the inputs of the CTC loss."""
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return `input_features`, `feature_attention_mask`, `windows_per_audio` and `ctc_labels`."""
+        return self.processor(audio=[row["audio"] for row in rows], ctc_text=[row["text"] for row in rows])
+
+
+class DCTCollator:
+    """Makes rows of `audio, question, answer` into the inputs of dynamic compression training.
+
+    All rows of an optimiser step get placeholders for one L, drawn from (seed, step); the step comes with the rows
+    (see `StepSampler`), so that L is the same in all processes, data loader workers and accumulated micro-batches,
+    and after a resume. Rows that carry a `target_length` (evaluation) get that one.
+    """
+
+    def __init__(self, processor: Any, target_lengths: Sequence[int], seed: int):
+        self.processor, self.target_lengths, self.seed = processor, list(target_lengths), seed
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return the processor's outputs with `labels`: prompt, audio and padding are -100."""
+        target_length = rows[0].get("target_length")
+        if target_length is None:
+            target_length = draw_target_length(self.seed, rows[0]["step"], self.target_lengths)
+        return self.processor(
+            text=[self.prompt(row["question"]) for row in rows],
+            audio=[row["audio"] for row in rows],
+            answers=[row["answer"] for row in rows],
+            target_length=target_length,
+        )
+
+    def prompt(self, question: str) -> str:
+        """Return a question about one recording in the processor's chat template."""
+        content = [{"type": "audio"}, {"type": "text", "text": question}]
+        turn = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)

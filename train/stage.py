@@ -1,0 +1,207 @@
+"""What both training stages share beside their data: settings, the output folder, and the Trainer.
+
+Settings come from a YAML recipe and the command line, which wins; both use the same names: those of the stage's own
+arguments and of `transformers.TrainingArguments`. The output folder of a run holds `settings.yaml`, `checkpoint-N`
+folders to resume from, and in the end the trained model and processor; nothing that is already there is overwritten.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from torch.utils.data import SequentialSampler
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
+
+from .data import StepSampler
+
+SETTINGS = "settings.yaml"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class StageArguments:
+    """Arguments of both stages. Relative paths start at the current folder."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of the model to start from: Qwen2-Audio or FastLongSpeech."})
+    train_data: str = field(metadata={"help": "JSON-lines manifest or datasets folder (folder#split)."})
+    eval_data: str | None = field(default=None, metadata={"help": "The same, held out; see eval_strategy."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Type of the frozen weights and of the saved model. What trains is float32 meanwhile."},
+    )
+
+
+Stage = TypeVar("Stage", bound=StageArguments)
+
+
+def parse_settings(stage: type[Stage], argv: Sequence[str] | None = None) -> tuple[Stage, TrainingArguments]:
+    """Return the stage's arguments and the Trainer's, from `[recipe.yaml] [--name value ...]`.
+
+    Args:
+        stage: the dataclass of the stage's own arguments.
+        argv: the command line; `sys.argv[1:]` when None.
+
+    Raises:
+        ValueError: on an unknown name, or settings that contradict each other.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    known = [f.name for kind in (stage, TrainingArguments) for f in dataclasses.fields(kind) if f.init]
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        recipe = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {}
+        if not isinstance(recipe, dict):
+            raise ValueError(f"{argv[0]} holds a {type(recipe).__name__}; write lines of `name: value`.")
+        _refuse_unknown(recipe, known, argv[0])
+        argv = _as_arguments(recipe) + argv[1:]
+    parser = HfArgumentParser((stage, TrainingArguments), allow_abbrev=False)  # type: ignore[arg-type]
+    settings, training, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    _refuse_unknown([word.lstrip("-").partition("=")[0] for word in unknown], known, "the command line")
+    _check(settings, training)
+    training.remove_unused_columns = False  # the collators need the rows' own columns
+    if training.ddp_find_unused_parameters is None:
+        training.ddp_find_unused_parameters = False  # all that trains is used in every step
+    return settings, training
+
+
+def _refuse_unknown(names: Any, known: list[str], where: str) -> None:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            remedy = f"did you mean {near[0]}?" if near else "see --help for the names."
+            raise ValueError(f"{where} sets {name!r}, which is no setting; {remedy}")
+
+
+def _as_arguments(recipe: dict[str, Any]) -> list[str]:
+    words = []
+    for name, value in recipe.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, bool | dict) else value}")
+    return words
+
+
+def _check(settings: StageArguments, training: TrainingArguments) -> None:
+    if not training.output_dir:
+        raise ValueError("output_dir is not set; name the folder for checkpoints and the trained model.")
+    if settings.dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {settings.dtype!r}; choose one.")
+    if settings.dtype != "float32" and not (training.bf16 or training.fp16):
+        raise ValueError(f"dtype {settings.dtype} needs mixed precision; set bf16 or fp16 to true.")
+    if training.save_only_model:
+        raise ValueError("save_only_model is true, which leaves nothing to resume from; set it to false.")
+    if (settings.eval_data is None) != (training.eval_strategy == "no"):
+        raise ValueError(
+            f"eval_data is {settings.eval_data!r} and eval_strategy {str(training.eval_strategy.value)!r}; "
+            "set both to evaluate during training, or neither."
+        )
+
+
+def open_run(settings: StageArguments, training: TrainingArguments) -> str | None:
+    """Return the checkpoint to resume from, or None for a new run; print and write down the resolved settings.
+
+    A checkpoint that was being written when the run was killed is passed over.
+
+    Raises:
+        ValueError: when the output folder holds a finished model, or something that is not a run of this project.
+    """
+    output = Path(training.output_dir or "")
+    resolved = _resolved(settings, training)
+    if (output / "config.json").exists():
+        raise ValueError(f"output_dir {output} already holds a finished model; choose another, or delete it.")
+    checkpoint = training.resume_from_checkpoint or last_checkpoint(output)
+    begun = (output / SETTINGS).exists()
+    if not checkpoint and not begun and output.exists() and any(output.iterdir()):
+        raise ValueError(f"output_dir {output} is not empty and holds no run to resume; choose another, or empty it.")
+    training.distributed_state.wait_for_everyone()  # type: ignore[union-attr]
+    if training.process_index == 0:
+        print(yaml.safe_dump(resolved, sort_keys=False).rstrip(), flush=True)
+        print(f"# resuming from {checkpoint}" if checkpoint else "# a new run", flush=True)
+        if begun:
+            before = yaml.safe_load((output / SETTINGS).read_text(encoding="utf-8"))
+            for name in sorted({*before, *resolved}):
+                if before.get(name) != resolved.get(name):
+                    print(f"# {name} was {before.get(name)!r} when this run began", flush=True)
+        else:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / SETTINGS).write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+    return checkpoint
+
+
+def _resolved(settings: StageArguments, training: TrainingArguments) -> dict[str, Any]:
+    """Return all of the stage's settings, and those of the Trainer that differ from its defaults."""
+    values = training.to_dict()
+    resolved = dataclasses.asdict(settings)
+    for f in dataclasses.fields(TrainingArguments):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        if f.init and values.get(f.name) != default:
+            resolved[f.name] = values[f.name]
+    return json.loads(json.dumps(resolved, default=str))
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """Return the last checkpoint in a folder that was written to its end, or None."""
+    for folder in sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # what the Trainer writes last
+        except (OSError, json.JSONDecodeError):
+            continue
+        return str(folder)
+    return None
+
+
+def export(output_dir: str | None, save: Callable[[str], None]) -> None:
+    """Write a complete model folder into the output folder, `config.json` last: it marks a finished run."""
+    output = Path(output_dir or "")
+    unfinished = output / "unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save(str(unfinished))
+    for file in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(file, output / file.name)
+    unfinished.rmdir()
+
+
+class StageTrainer(Trainer):
+    """A Trainer whose rows carry their optimiser step (`StepSampler`), with dropout off in all that is frozen.
+
+    `model` is a `FastLongSpeechForConditionalGeneration` or a PEFT model around it, with `requires_grad` as the
+    stage wants it.
+    """
+
+    def __init__(self, model: Any, **kwargs: Any):
+        super().__init__(model=model, **kwargs)
+        whole: PreTrainedModel = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+        parts = whole.base_model.children()
+        self.frozen = [part for part in parts if not any(weight.requires_grad for weight in part.parameters())]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
+        args = self.args
+        return StepSampler(
+            self.train_dataset.durations,  # type: ignore[union-attr]
+            self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            args.seed if args.data_seed is None else args.data_seed,
+            lambda: self.state.global_step,
+            str(args.train_sampling_strategy),
+            args.dataloader_drop_last,
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        return SequentialSampler(eval_dataset)
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            for part in self.frozen:
+                part.eval()
+        return super().compute_loss(model, *args, **kwargs)
