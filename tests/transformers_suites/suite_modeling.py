@@ -1,0 +1,96 @@
+"""transformers' model suite, on stock Qwen2-Audio and on FastLongSpeech, with the same inputs for both."""
+
+import unittest
+
+import torch
+from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+from transformers_tests.generation.test_utils import GenerationTesterMixin
+from transformers_tests.test_configuration_common import ConfigTester
+from transformers_tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
+
+from fastlongspeech.configuration_fastlongspeech import FastLongSpeechConfig
+from fastlongspeech.modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
+
+MEL_FRAMES = 60  # of one window of the tiny model: twice its encoder's positions
+AUDIO_TOKENS = 15  # one for each pooled frame of such a window
+
+
+class AudioModelTester:
+    """Builds a tiny model's config and a batch of three texts, each with one recording of one full window."""
+
+    batch_size = 3
+    seq_length = encoder_seq_length = 25
+    hidden_size = 32
+    num_hidden_layers = 2
+    num_attention_heads = 4
+    is_training = True
+
+    def __init__(self, config_class: type[Qwen2AudioConfig], **settings: object) -> None:
+        self.config_class = config_class
+        self.settings = settings
+
+    def get_config(self) -> Qwen2AudioConfig:
+        text_config = {
+            "model_type": "qwen2",
+            "vocab_size": 99,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": 36,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 52,
+        }
+        audio_config = {
+            "model_type": "qwen2_audio_encoder",
+            "d_model": 16,
+            "encoder_layers": self.num_hidden_layers,
+            "encoder_attention_heads": self.num_attention_heads,
+            "encoder_ffn_dim": 16,
+            "num_mel_bins": 80,
+            "max_source_positions": MEL_FRAMES // 2,
+        }
+        return self.config_class(
+            text_config=text_config, audio_config=audio_config, audio_token_index=0, **self.settings
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[Qwen2AudioConfig, dict[str, torch.Tensor]]:
+        config = self.get_config()
+        input_ids = ids_tensor([self.batch_size, self.seq_length], config.text_config.vocab_size - 1) + 1
+        input_ids[:, 1 : 1 + AUDIO_TOKENS] = config.audio_token_index
+        attention_mask = torch.ones_like(input_ids)
+        attention_mask[:, 0] = 0
+        inputs = {
+            "input_features": floats_tensor([self.batch_size, config.audio_config.num_mel_bins, MEL_FRAMES]),
+            "feature_attention_mask": torch.ones(self.batch_size, MEL_FRAMES, dtype=torch.long),
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+        }
+        return config, inputs
+
+
+class AudioModelTests(ModelTesterMixin, GenerationTesterMixin):
+    """What the suite has to know about any Qwen2-Audio."""
+
+    _is_composite = True
+    config_tester: ConfigTester
+
+    def test_config(self) -> None:
+        self.config_tester.run_common_tests()
+
+
+class StockModelTest(AudioModelTests, unittest.TestCase):
+    """The measure: what fails or is skipped here can't be asked of FastLongSpeech."""
+
+    all_model_classes = (Qwen2AudioForConditionalGeneration,)
+
+    def setUp(self) -> None:
+        self.model_tester = AudioModelTester(Qwen2AudioConfig)
+        self.config_tester = ConfigTester(self, config_class=Qwen2AudioConfig, has_text_modality=False)
+
+
+class FastLongSpeechModelTest(AudioModelTests, unittest.TestCase):
+    all_model_classes = (FastLongSpeechForConditionalGeneration,)
+
+    def setUp(self) -> None:
+        self.model_tester = AudioModelTester(FastLongSpeechConfig, ctc_vocab_size=20, target_length=AUDIO_TOKENS)
+        self.config_tester = ConfigTester(self, config_class=FastLongSpeechConfig, has_text_modality=False)
