@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict, validated_field
 from transformers.models.qwen2_audio.configuration_qwen2_audio import Qwen2AudioConfig
 
+
 def _one_of(*choices: str) -> Callable[[str], None]:
     def validate(value: str) -> None:
         if value not in choices:
