@@ -1,1 +1,1 @@
-"""The two training stages: `fastlongspeech.train.ctc` (content density) and `fastlongspeech.train.dct` (dynamic compression)."""
+"""The two training stages: `ctc` teaches content density, `dct` is dynamic compression training."""

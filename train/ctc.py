@@ -11,12 +11,11 @@ everything else is frozen, dropout off. The result is a complete model folder wi
 from __future__ import annotations
 
 import io
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jiwer
 import numpy as np
@@ -27,8 +26,10 @@ from transformers import set_seed
 
 from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
 from ..processing_fastlongspeech import FastLongSpeechProcessor
-from .data import BAD_ROWS_SHOWN, CTCCollator, SpeechRows, load_rows
+from .data import FRAME_SECONDS, CTCCollator, SpeechRows, load_rows, refuse
 from .stage import DTYPES, StageArguments, StageTrainer, export, open_run, parse_settings
+
+DECODER = "ctc_decoder."
 
 
 @dataclass
@@ -36,7 +37,8 @@ class CTCArguments(StageArguments):
     """Arguments of stage 1."""
 
     ctc_model: str | None = field(
-        default=None, metadata={"help": "SentencePiece model of the labels; built from the transcripts when not given."}
+        default=None,
+        metadata={"help": "SentencePiece model of the labels; built from the transcripts if not given."},
     )
     vocab_size: int = field(default=10_000, metadata={"help": "Pieces of the vocabulary that is built."})
 
@@ -67,3 +69,113 @@ def build_vocabulary(texts: Sequence[str], vocab_size: int) -> bytes:
         reason = str(error).rpartition("] ")[2]
         raise ValueError(f"vocab_size {vocab_size} does not fit the transcripts: {reason}") from error
     return model.getvalue()
+
+
+def check_lengths(rows: SpeechRows, source: str, ctc_model: Path) -> None:
+    """Refuse rows whose transcript CTC can't place on their frames: one frame per piece, one more between equal ones.
+
+    Raises:
+        ValueError: naming every such row.
+    """
+    vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(ctc_model))
+    faults = []
+    for place, seconds, text in zip(rows.places, rows.durations, rows.texts("text"), strict=True):
+        pieces = vocabulary.encode(text)
+        needed = len(pieces) + sum(left == right for left, right in zip(pieces, pieces[1:], strict=False))
+        frames = int(seconds / FRAME_SECONDS)
+        if needed > frames:
+            faults.append(
+                f"{place} has a transcript that needs {needed} frames, its recording has {frames}; check both"
+            )
+    refuse(source, faults)
+
+
+class CTCTrainer(StageTrainer):
+    """Trains the CTC decoder. Checkpoints hold the decoder alone; evaluation adds the word error rate."""
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Return the loss, the greedy transcription's ids (recordings, S), and the labels, both padded with -100."""
+        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        if prediction_loss_only:
+            return loss, None, None
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("ctc_labels")
+        with torch.no_grad(), self.accelerator.autocast():
+            found = cast(FastLongSpeechForConditionalGeneration, self.model).ctc_transcribe(**inputs)
+        rows = [torch.tensor(ids, dtype=labels.dtype, device=labels.device) for ids in found]
+        return loss, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100), labels
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if self.args.should_save:
+            os.makedirs(str(output_dir), exist_ok=True)
+            weights = cast(torch.nn.Module, self.model).state_dict() if state_dict is None else state_dict
+            decoder = {name: weight.contiguous() for name, weight in weights.items() if DECODER in name}
+            save_file(decoder, os.path.join(str(output_dir), "model.safetensors"), metadata={"format": "pt"})
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warn of nothing: what a checkpoint lacks is frozen."""
+
+
+def word_error_rate(processor: FastLongSpeechProcessor, prediction: Any) -> dict[str, float]:
+    """Return `wer` of an `EvalPrediction` whose predictions and labels are ids padded with -100."""
+
+    def texts(ids: np.ndarray) -> list[str]:
+        return processor.ctc_decode([row[row >= 0].tolist() for row in ids])
+
+    return {"wer": jiwer.wer(texts(prediction.label_ids), texts(prediction.predictions))}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run stage 1."""
+    settings, training = parse_settings(CTCArguments, argv)
+    training.label_names = ["ctc_labels"]
+    checkpoint = open_run(settings, training)
+    train_rows = load_rows(settings.train_data, ("audio", "text"))
+    eval_rows = load_rows(settings.eval_data, ("audio", "text")) if settings.eval_data else None
+
+    ctc_model = Path(str(training.output_dir)) / "ctc.model"
+    if training.process_index == 0 and not checkpoint:
+        given = Path(settings.ctc_model).read_bytes() if settings.ctc_model else None
+        ctc_model.write_bytes(given or build_vocabulary(train_rows.texts("text"), settings.vocab_size))
+    training.distributed_state.wait_for_everyone()  # type: ignore[union-attr]
+    check_lengths(train_rows, settings.train_data, ctc_model)
+    if eval_rows:
+        check_lengths(eval_rows, str(settings.eval_data), ctc_model)
+
+    set_seed(training.seed)
+    processor = FastLongSpeechProcessor.from_pretrained(settings.model, ctc_model=str(ctc_model))
+    dtype = DTYPES[settings.dtype]
+    model = FastLongSpeechForConditionalGeneration.from_pretrained(settings.model, dtype=dtype)
+    model.requires_grad_(False)
+    model.model.reset_ctc_decoder(processor.ctc_vocab_size)
+    decoder = model.model.ctc_decoder.to(torch.float32).requires_grad_(True)
+    model.config.content_density = "ctc"
+    use_cache = model.config.use_cache
+
+    trainer = CTCTrainer(
+        model=model,
+        args=training,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        data_collator=CTCCollator(processor),
+        processing_class=processor,
+        compute_metrics=lambda prediction: word_error_rate(processor, prediction),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_state()
+
+    if training.should_save:
+        decoder.to(dtype)
+        model.config.use_cache = use_cache  # the Trainer switches it off
+
+        def save(folder: str) -> None:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+
+        export(training.output_dir, save)
+
+
+if __name__ == "__main__":
+    main()

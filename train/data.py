@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 FRAME_SECONDS = 0.04
-BAD_ROWS_SHOWN = 10
+FAULTS_SHOWN = 10
 
 
 class SpeechRows(Dataset):
@@ -40,12 +40,19 @@ class SpeechRows(Dataset):
 
     Attributes:
         durations (`list[float]`): seconds of every recording.
+        places (`list[str]`): where every row stands in its source, such as `"line 7"`.
     """
 
     def __init__(
-        self, rows: Any, durations: list[float], columns: Sequence[str], target_length: int | None = None
+        self,
+        rows: Any,
+        columns: Sequence[str],
+        durations: list[float],
+        places: list[str],
+        target_length: int | None = None,
     ):
-        self.rows, self.durations, self.columns, self.target_length = rows, durations, tuple(columns), target_length
+        self.rows, self.columns, self.durations, self.places = rows, tuple(columns), durations, places
+        self.target_length = target_length
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -62,7 +69,7 @@ class SpeechRows(Dataset):
 
     def at(self, target_length: int) -> SpeechRows:
         """Return the same rows, all to be fused to `target_length` frames."""
-        return SpeechRows(self.rows, self.durations, self.columns, target_length)
+        return SpeechRows(self.rows, self.columns, self.durations, self.places, target_length)
 
     def texts(self, column: str) -> list[str]:
         """Return one column of all rows, without touching their audio."""
@@ -89,7 +96,7 @@ def load_rows(source: str | Path, columns: Sequence[str]) -> SpeechRows:
 
 
 def _manifest_rows(path: Path) -> list[Any]:
-    """Return what stands on every line: an object, None for a blank line, or the ValueError of a line that is no JSON."""
+    """Return what every line holds: an object, None when it is blank, a ValueError when it is no JSON."""
     rows: list[Any] = []
     with open(path, encoding="utf-8-sig") as lines:
         for line in lines:
@@ -129,18 +136,25 @@ def _folder_rows(path: str, split: str, columns: Sequence[str]) -> Any:
 
 def _checked(rows: Any, source: str, columns: Sequence[str], label: str, first: int) -> SpeechRows:
     """Return the usable rows with their durations, or refuse the source naming every row that is not usable."""
+    places = [f"{label} {number}" for number in range(first, first + len(rows))]
     with ThreadPoolExecutor() as pool:
         checks = list(pool.map(lambda index: _check_row(rows[index], columns), range(len(rows))))
-    bad = [f"\n  {label} {number} {check}." for number, check in enumerate(checks, first) if isinstance(check, str)]
-    if bad:
-        more = f"\n  and {len(bad) - BAD_ROWS_SHOWN} more." if len(bad) > BAD_ROWS_SHOWN else ""
-        shown = "".join(bad[:BAD_ROWS_SHOWN])
-        raise ValueError(f"{source} has {len(bad)} bad rows of {len(rows)}; correct or remove them:{shown}{more}")
+    refuse(source, [f"{place} {check}" for place, check in zip(places, checks, strict=True) if isinstance(check, str)])
     durations = [float(check) for check in checks if check is not None]
     if not durations:
         raise ValueError(f"{source} has no rows; write at least one with {', '.join(columns)}.")
-    kept = [row for row in rows if row is not None] if isinstance(rows, list) else rows
-    return SpeechRows(kept, durations, columns)
+    places = [place for place, check in zip(places, checks, strict=True) if check is not None]
+    return SpeechRows(
+        [row for row in rows if row is not None] if isinstance(rows, list) else rows, columns, durations, places
+    )
+
+
+def refuse(source: str, faults: Sequence[str]) -> None:
+    """Raise a ValueError that names the faulty rows of a source, when there are any."""
+    if faults:
+        shown = "".join(f"\n  {fault}." for fault in faults[:FAULTS_SHOWN])
+        more = f"\n  and {len(faults) - FAULTS_SHOWN} more." if len(faults) > FAULTS_SHOWN else ""
+        raise ValueError(f"{source} has {len(faults)} bad rows; correct or remove them:{shown}{more}")
 
 
 def _check_row(row: Any, columns: Sequence[str]) -> float | str | None:
@@ -208,7 +222,7 @@ class StepSampler(Sampler):
             )
         if drop_last and len(durations) < samples_per_step:
             raise ValueError(
-                f"dataloader_drop_last leaves no step: {len(durations)} rows, {samples_per_step} per step; switch it off."
+                f"dataloader_drop_last drops all {len(durations)} rows, a step takes {samples_per_step}; switch it off."
             )
         self.durations, self.samples_per_step, self.seed = durations, samples_per_step, seed
         self.global_step, self.strategy = global_step, strategy
@@ -244,7 +258,7 @@ class StepSampler(Sampler):
 
 def draw_target_length(seed: int, step: int, target_lengths: Sequence[int]) -> int:
     """Return L of an optimiser step, uniform over `target_lengths`: L ~ U(L) of Eq. 7, a function of (seed, step)."""
-    return int(target_lengths[np.random.default_rng((seed, step)).integers(len(target_lengths))])
+    return target_lengths[int(np.random.default_rng((seed, step)).integers(len(target_lengths)))]
 
 
 class CTCCollator:

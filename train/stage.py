@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from torch.utils.data import SequentialSampler
-from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
+from transformers import HfArgumentParser, IntervalStrategy, PreTrainedModel, Trainer, TrainingArguments
 
 from .data import StepSampler
 
@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class StageArguments:
     """Arguments of both stages. Relative paths start at the current folder."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of the model to start from: Qwen2-Audio or FastLongSpeech."})
+    model: str = field(metadata={"help": "Folder or Hub id of the Qwen2-Audio or FastLongSpeech to start from."})
     train_data: str = field(metadata={"help": "JSON-lines manifest or datasets folder (folder#split)."})
     eval_data: str | None = field(default=None, metadata={"help": "The same, held out; see eval_strategy."})
     dtype: str = field(
@@ -103,9 +103,9 @@ def _check(settings: StageArguments, training: TrainingArguments) -> None:
     if training.save_only_model:
         raise ValueError("save_only_model is true, which leaves nothing to resume from; set it to false.")
     if (settings.eval_data is None) != (training.eval_strategy == "no"):
+        strategy = IntervalStrategy(training.eval_strategy).value
         raise ValueError(
-            f"eval_data is {settings.eval_data!r} and eval_strategy {str(training.eval_strategy.value)!r}; "
-            "set both to evaluate during training, or neither."
+            f"eval_data is {settings.eval_data!r} with eval_strategy {strategy!r}; set both to evaluate, or neither."
         )
 
 

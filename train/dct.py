@@ -1,0 +1,100 @@
+"""Stage 2: dynamic compression training (Eq. 7): LoRA on the language model, its audio fused to a length L drawn anew.
+
+    python -m fastlongspeech.train.dct train/recipes/dct-qwen2-audio-7b.yaml --model runs/ctc --train_data qa.jsonl
+    accelerate launch -m fastlongspeech.train.dct my-recipe.yaml --learning_rate 1e-4
+
+Rows are `audio, question, answer`. Every optimiser step draws one L, uniformly from `target_lengths`, as a function of
+(seed, step); everything but the adapters is frozen. Checkpoints hold the adapter; in the end it is merged, and the
+result is a complete model folder. Evaluation reports the loss at fixed lengths, as `eval_L750_loss`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import set_seed
+
+from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
+from ..processing_fastlongspeech import FastLongSpeechProcessor
+from .data import DCTCollator, load_rows
+from .stage import DTYPES, StageArguments, StageTrainer, export, open_run, parse_settings
+
+# Anchored: the bare names would match the audio tower's projections too.
+LORA_TARGETS = r"model\.language_model\.(.+\.)?layers\.\d+\.self_attn\.[qkvo]_proj"
+
+
+@dataclass
+class DCTArguments(StageArguments):
+    """Arguments of stage 2."""
+
+    lora_r: int = field(default=128, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=256, metadata={"help": "The adapters' output is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapters' input."})
+    target_lengths: list[int] | None = field(
+        default=None,
+        metadata={"help": "Lengths L to draw from; config.target_lengths if not given."},
+    )
+    eval_target_lengths: list[int] | None = field(
+        default=None, metadata={"help": "Lengths L to evaluate at; config.target_length if not given."}
+    )
+
+
+def add_lora(model: FastLongSpeechForConditionalGeneration, settings: DCTArguments) -> PeftModel:
+    """Return the model with adapters on q, k, v, o of every layer of its language model; all else is frozen."""
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",  # without it an adapter folder can't be loaded by AutoPeftModel
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=LORA_TARGETS,
+    )
+    return get_peft_model(model, lora)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run stage 2."""
+    settings, training = parse_settings(DCTArguments, argv)
+    training.label_names = ["labels"]
+    checkpoint = open_run(settings, training)
+    columns = ("audio", "question", "answer")
+    train_rows = load_rows(settings.train_data, columns)
+    eval_rows = load_rows(settings.eval_data, columns) if settings.eval_data else None
+
+    processor = FastLongSpeechProcessor.from_pretrained(settings.model)
+    model = FastLongSpeechForConditionalGeneration.from_pretrained(settings.model, dtype=DTYPES[settings.dtype])
+    config = model.config
+    if settings.target_lengths:
+        config.target_lengths = settings.target_lengths
+    if config.content_density == "uniform" and training.process_index == 0:
+        print("# content_density is uniform: the CTC decoder is not used; run stage 1 first to train it", flush=True)
+    use_cache = config.use_cache
+    set_seed(training.seed)
+    adapted = add_lora(model, settings)
+
+    lengths = settings.eval_target_lengths or [config.target_length]
+    trainer = StageTrainer(
+        model=adapted,
+        args=training,
+        train_dataset=train_rows,
+        eval_dataset={f"L{length}": eval_rows.at(length) for length in lengths} if eval_rows else None,
+        data_collator=DCTCollator(processor, config.target_lengths, training.seed),
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_state()
+
+    if training.should_save:
+        config.use_cache = use_cache  # the Trainer switches it off
+        merged = adapted.merge_and_unload()
+
+        def save(folder: str) -> None:
+            merged.save_pretrained(folder)
+            processor.save_pretrained(folder)
+
+        export(training.output_dir, save)
+
+
+if __name__ == "__main__":
+    main()
