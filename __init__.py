@@ -1,0 +1,1 @@
+"""FastLongSpeech: ask questions about recordings of any duration."""

@@ -1,0 +1,571 @@
+"""The processor: prompts and recordings of any duration -> what FastLongSpeech takes.
+
+Follow one recording: `load_recording` (decode, mono, 16 kHz) -> `FastLongSpeechProcessor.get_audio_inputs` (30 s
+windows, log-mel features, placeholder counts) -> `FastLongSpeechProcessor.__call__` (text with as many placeholders).
+"""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import soundfile
+import soxr
+import torch
+from huggingface_hub import get_session
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import AudioKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs
+from transformers.utils import cached_file, logging
+
+logger = logging.get_logger(__name__)
+
+CTC_MODEL_NAME = "ctc.model"
+END_OF_TURN = "<|im_end|>"
+FRAME_SECONDS = 0.04
+PCM_DTYPES = ("uint8", "int16", "int32")
+
+# Qwen2-Audio's: every recording is announced as "Audio 1:", "Audio 2:", ... and has one placeholder.
+CHAT_TEMPLATE = (
+    "{% set audio = namespace(count=0) %}"
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}"
+    "{{ message['content'] }}"
+    "{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'audio' or 'audio' in part or 'audio_url' in part %}"
+    "{% set audio.count = audio.count + 1 %}"
+    "Audio {{ audio.count }}: <|audio_bos|><|AUDIO|><|audio_eos|>\n"
+    "{% elif 'text' in part %}"
+    "{{ part['text'] }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% endif %}"
+    "<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "<|im_start|>assistant\n"
+    "{% endif %}"
+)
+
+
+def load_recording(audio: Any, sampling_rate: float | None = None, target_rate: int = 16000) -> np.ndarray:
+    """Returns one recording as mono samples `(n,)`, float32, at `target_rate` hertz.
+
+    Args:
+        audio: a path, an http(s) URL or the bytes of an audio file (anything soundfile reads; anything else where
+            ffmpeg is installed); an array, tensor or list of samples, `(n,)`, `(channels, n)` or `(n, channels)`,
+            floating point or uint8/int16/int32 PCM; `{"array": ..., "sampling_rate": ...}`; or
+            `{"bytes": ..., "path": ...}`.
+        sampling_rate: hertz of an array that does not bring its own rate; files have theirs. An array without any is
+            taken as `target_rate`, with a warning.
+        target_rate: hertz of the result.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        TypeError: `audio` is none of the above or holds no real numbers.
+        ValueError: the audio is unreadable, empty, not finite or shorter than one 40 ms frame, or the sampling rate
+            is no positive number.
+    """
+    name = str(audio) if isinstance(audio, (str, os.PathLike)) else type(audio).__name__
+    if isinstance(audio, Mapping):
+        if audio.get("array") is not None:
+            sampling_rate = audio["sampling_rate"] if audio.get("sampling_rate") is not None else sampling_rate
+            audio = audio["array"]
+        elif audio.get("bytes") is not None:
+            audio = audio["bytes"]
+        elif audio.get("path") is not None:
+            name = str(audio["path"])
+            audio = audio["path"]
+        else:
+            raise TypeError(f'an audio dictionary must have "array", "bytes" or "path", got the keys {sorted(audio)}.')
+
+    if isinstance(audio, (str, os.PathLike, bytes, bytearray, memoryview)):
+        samples, sampling_rate = _decode(audio, name)
+    else:
+        samples = _to_float_samples(audio)
+        if sampling_rate is None:
+            logger.warning_once(
+                f"audio was given as an array without a sampling rate and is taken as {target_rate} Hz; "
+                "pass sampling_rate=... to say so or to have it resampled."
+            )
+            sampling_rate = target_rate
+
+    real = isinstance(sampling_rate, (int, float, np.integer, np.floating)) and not isinstance(sampling_rate, bool)
+    if not real or not 0 < sampling_rate < float("inf"):
+        raise ValueError(f"sampling_rate must be a positive number of hertz, got {sampling_rate!r}.")
+    if samples.size == 0:
+        raise ValueError(f"audio is empty: {name} holds no samples.")
+    if not np.isfinite(samples).all():
+        raise ValueError(f"audio must be finite, but {name} holds NaN or infinite samples.")
+    if samples.ndim == 2:
+        samples = samples.mean(axis=int(np.argmin(samples.shape)))  # there are fewer channels than samples
+    if sampling_rate != target_rate:
+        samples = soxr.resample(samples, sampling_rate, target_rate, quality="HQ")
+    if len(samples) < FRAME_SECONDS * target_rate:
+        raise ValueError(
+            f"audio must last at least one 40 ms frame, but {name} lasts {1000 * len(samples) / target_rate:.1f} ms."
+        )
+    return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def _to_float_samples(audio: Any) -> np.ndarray:
+    """Returns an array, tensor or list of samples as float32 `(n,)` or 2-D, PCM integers scaled to [-1, 1)."""
+    if isinstance(audio, torch.Tensor):
+        audio = audio.detach().cpu()
+        audio = audio.float().numpy() if audio.is_floating_point() else audio.numpy()
+    elif not isinstance(audio, (np.ndarray, Sequence)):
+        raise TypeError(
+            "audio must be a path, a URL, bytes, an array, a tensor or a dictionary with one of them, "
+            f"got {type(audio).__name__}."
+        )
+    array = np.asarray(audio)
+    if array.ndim not in (1, 2):
+        raise ValueError(f"audio must have the shape (samples,) or (channels, samples), got {array.shape}.")
+    if array.dtype.kind == "f" or array.size == 0:
+        with np.errstate(over="ignore"):  # an overflow becomes infinite and is refused as such
+            return array.astype(np.float32)
+    if array.dtype.name in PCM_DTYPES:
+        middle = 128 if array.dtype.name == "uint8" else 0
+        return (array.astype(np.float32) - middle) / 2.0 ** (8 * array.dtype.itemsize - 1)
+    raise TypeError(f"audio samples must be floating point or {'/'.join(PCM_DTYPES)} PCM, got {array.dtype}.")
+
+
+def _decode(audio: str | os.PathLike | bytes | bytearray | memoryview, name: str) -> tuple[np.ndarray, int]:
+    """Returns the samples `(n, channels)`, float32, and the sampling rate of an audio file, URL or bytes."""
+    if isinstance(audio, str) and audio.startswith(("http://", "https://")):
+        try:
+            audio = get_session().get(audio, follow_redirects=True, timeout=60).raise_for_status().content
+        except Exception as error:
+            raise ValueError(f"audio cannot be fetched from {name}: {error}") from error
+    if isinstance(audio, (str, os.PathLike)):
+        if not Path(audio).exists():
+            raise FileNotFoundError(f"audio file not found: {name}")
+        source: Any = os.fspath(audio)
+    else:
+        source = BytesIO(audio)
+        if not source.getbuffer().nbytes:
+            raise ValueError(f"audio is empty: {name} holds no samples.")
+    try:
+        return soundfile.read(source, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
+        return _decode_with_ffmpeg(audio, name, error)
+
+
+def _decode_with_ffmpeg(audio: Any, name: str, error: Exception) -> tuple[np.ndarray, int]:
+    """As `_decode`, for what soundfile refused with `error` (m4a, video, ...)."""
+    if shutil.which("ffmpeg") is None:
+        raise ValueError(
+            f"audio cannot be read: soundfile does not know the format of {name} ({error}); install ffmpeg for others."
+        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        file = audio
+        if not isinstance(audio, (str, os.PathLike)):
+            file = Path(folder, "input")  # not a pipe: ffmpeg must seek in mp4
+            file.write_bytes(audio)
+        wav = Path(folder, "output.wav")
+        command = ["ffmpeg", "-nostdin", "-v", "error", "-i", f"file:{os.fspath(file)}", "-map", "0:a:0"]
+        command += ["-c:a", "pcm_f32le", "-rf64", "auto", str(wav)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not wav.exists():
+            reason = (done.stderr.strip().splitlines() or ["no audio found"])[-1]
+            raise ValueError(f"audio cannot be read: neither soundfile nor ffmpeg can decode {name} ({reason}).")
+        return soundfile.read(wav, dtype="float32", always_2d=True)
+
+
+def count_frames(mel_frames: np.ndarray) -> np.ndarray:
+    """Returns the 25 Hz frames the audio tower makes of windows with so many valid mel frames (0 of 2 or fewer)."""
+    after_convolution = (mel_frames - 1) // 2 + 1
+    return (after_convolution - 2) // 2 + 1
+
+
+def _flatten(audio: Any) -> list:
+    """Returns the recordings in `audio`, one or a list of them, nested or not, as a flat list."""
+    if isinstance(audio, Sequence) and not isinstance(audio, (str, bytes, bytearray, memoryview)):
+        if len(audio) and isinstance(audio[0], (int, float, np.number)):
+            return [audio]  # the samples of one recording
+        return [recording for item in audio for recording in _flatten(item)]
+    return [audio]
+
+
+def _pop_sampling_rate(kwargs: dict[str, Any]) -> float | None:
+    """Takes the sampling rate of arrays out of call arguments, flat or in `audio_kwargs`."""
+    nested = dict(kwargs.get("audio_kwargs") or {})
+    nested_rate = nested.pop("sampling_rate", None)
+    if nested or "audio_kwargs" in kwargs:
+        kwargs["audio_kwargs"] = nested
+    flat_rate = kwargs.pop("sampling_rate", None)
+    return nested_rate if flat_rate is None else flat_rate
+
+
+class FastLongSpeechProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {
+        "text_kwargs": {"padding": True, "padding_side": "left", "return_token_type_ids": False},
+        "common_kwargs": {"return_tensors": "pt"},
+    }
+
+
+class FastLongSpeechProcessor(ProcessorMixin):
+    """Turns prompts and recordings of any duration into the inputs of FastLongSpeech.
+
+    Args:
+        feature_extractor: a `WhisperFeatureExtractor` of 30 s windows.
+        tokenizer: the language model's.
+        chat_template: None for Qwen2-Audio's.
+        audio_token: the placeholder; a prompt holds one for every recording and gets one for every fused frame.
+        audio_bos_token: written before a recording's placeholders by the chat template.
+        audio_eos_token: written after them.
+        target_length: L, the frames a recording is fused to unless a call says otherwise.
+        ctc_model: the path of the SentencePiece model of the CTC labels; None when the CTC decoder uses the
+            tokenizer's own vocabulary. It is saved as `ctc.model` beside the tokenizer and found there again.
+    """
+
+    valid_processor_kwargs = FastLongSpeechProcessorKwargs
+
+    def __init__(
+        self,
+        feature_extractor=None,
+        tokenizer=None,
+        chat_template=None,
+        audio_token="<|AUDIO|>",
+        audio_bos_token="<|audio_bos|>",
+        audio_eos_token="<|audio_eos|>",
+        target_length=750,
+        ctc_model=None,
+    ):
+        self.audio_token = getattr(tokenizer, "audio_token", audio_token)
+        self.audio_token_id = tokenizer.convert_tokens_to_ids(self.audio_token)
+        self.audio_bos_token = getattr(tokenizer, "audio_bos_token", audio_bos_token)
+        self.audio_eos_token = getattr(tokenizer, "audio_eos_token", audio_eos_token)
+        self.target_length = self._check_target_length(target_length)
+        self.ctc_tokenizer = None
+        if ctc_model is not None:
+            if not Path(ctc_model).is_file():
+                raise FileNotFoundError(
+                    f"ctc_model must be the path of a SentencePiece model, but {ctc_model} is no file."
+                )
+            self.ctc_tokenizer = sentencepiece.SentencePieceProcessor(model_file=os.fspath(ctc_model))
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    @property
+    def ctc_vocab_size(self) -> int:
+        """Pieces of the CTC vocabulary without the blank; 0 when it is the tokenizer's own."""
+        return 0 if self.ctc_tokenizer is None else self.ctc_tokenizer.vocab_size()
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "input_features", "feature_attention_mask", "windows_per_audio"]
+
+    def __call__(
+        self,
+        text: str | list[str] | None = None,
+        audio: Any = None,
+        answers: str | list[str] | None = None,
+        ctc_text: str | list[str] | None = None,
+        compression: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Returns the model's inputs for prompts, recordings or both.
+
+        Args:
+            text: prompts with one audio token for every recording, in order.
+            audio: recordings as `load_recording` takes them, one or a list.
+            answers: for training, one for every prompt; each is appended with the end-of-turn token.
+            ctc_text: for CTC training, the transcript of every recording.
+            compression: "none" for a placeholder per frame.
+            sampling_rate: hertz of arrays that do not bring their own.
+            target_length: L, frames to fuse a recording to; one for all or a list of one per recording; by default
+                the processor's `target_length`.
+            kwargs: options of the tokenizer, such as `padding` (True), `padding_side` ("left") and
+                `return_tensors` ("pt").
+
+        Returns:
+            `input_ids`, `attention_mask` `(B, S)` when there is text; `input_features` `(W, mels, 3000)` float32,
+            `feature_attention_mask` `(W, 3000)` and `windows_per_audio` `(A,)` when there is audio, the windows of all
+            recordings in order; `labels` `(B, S)` with -100 on prompt, audio and padding when there are answers;
+            `ctc_labels` `(A, C)` padded with -100 when there is CTC text.
+
+        Raises:
+            ValueError: the numbers of recordings and audio tokens (or answers, or transcripts) differ,
+                `target_length` is not positive, or anything `load_recording` refuses.
+        """
+        if "audios" in kwargs:
+            raise ValueError("audios= is not an argument of FastLongSpeechProcessor; pass the recordings as audio=...")
+        if text is None and audio is None:
+            raise ValueError("pass text, audio or both, got neither.")
+        text = [text] if isinstance(text, str) else text
+        if text is not None and not all(isinstance(prompt, str) for prompt in text):
+            raise TypeError("text must be a string or a list of strings.")
+
+        sampling_rate = _pop_sampling_rate(kwargs)
+        target_length = kwargs.pop("target_length", None)
+        merged = self._merge_kwargs(
+            FastLongSpeechProcessorKwargs,
+            tokenizer_init_kwargs={k: v for k, v in self.tokenizer.init_kwargs.items() if k != "padding_side"},
+            **kwargs,
+        )
+        text_kwargs = merged["text_kwargs"]
+        return_tensors = text_kwargs.pop("return_tensors", None)
+
+        data: dict[str, Any] = {}
+        recordings = [] if audio is None else _flatten(audio)
+        audio_inputs = {"num_audio_tokens": np.zeros(0, dtype=np.int64)}
+        if text is not None:
+            placeholders = self._count_placeholders(text)
+            if sum(placeholders) != len(recordings):
+                raise ValueError(
+                    f"the number of {self.audio_token} tokens in the prompts should be the same as the number of "
+                    f"recordings passed, got {sum(placeholders)} and {len(recordings)}."
+                )
+        if recordings:
+            audio_inputs = self.get_audio_inputs(
+                recordings,
+                sampling_rate=sampling_rate,
+                target_length=target_length,
+                compression=compression,
+                device=merged["audio_kwargs"].get("device"),
+            )
+        if text is not None:
+            data.update(self._tokenize(list(text), answers, audio_inputs, merged))
+        data.update((name, value) for name, value in audio_inputs.items() if name != "num_audio_tokens")
+        if ctc_text is not None:
+            data["ctc_labels"] = self._encode_ctc(
+                [ctc_text] if isinstance(ctc_text, str) else ctc_text, len(recordings)
+            )
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["text_replacement_offsets"])
+
+    def get_audio_inputs(
+        self,
+        recordings: list,
+        sampling_rate: float | None = None,
+        target_length: int | Sequence[int] | None = None,
+        compression: str | None = None,
+        device: str | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Returns the windows of recordings, as in `__call__`, and `num_audio_tokens` `(A,)`, int64.
+
+        Each window is what the feature extractor makes of its samples alone: 30 s, the last one of a recording padded.
+        """
+        target_lengths = self._target_length_of_each(target_length, len(recordings))
+        if compression not in (None, "iterative_fusion", "none"):
+            raise ValueError(f'compression must be "iterative_fusion" or "none", got {compression!r}.')
+        rate, window = self.feature_extractor.sampling_rate, self.feature_extractor.n_samples
+        features, masks, windows_per_audio, num_audio_tokens = [], [], [], []
+        for recording, length in zip(recordings, target_lengths, strict=True):
+            samples = load_recording(recording, sampling_rate, rate)
+            starts = range(0, len(samples), window)
+            for start in starts:
+                one = self.feature_extractor(
+                    samples[start : start + window],
+                    sampling_rate=rate,
+                    return_attention_mask=True,
+                    return_tensors="np",
+                    device=device or "cpu",
+                )
+                features.append(one["input_features"][0])
+                masks.append(one["attention_mask"][0])
+            windows_per_audio.append(len(starts))
+            frames = int(count_frames(np.stack(masks[-len(starts) :]).sum(axis=1)).sum())
+            num_audio_tokens.append(frames if compression == "none" else min(frames, length))
+        return {
+            "input_features": np.stack(features).astype(np.float32),
+            "feature_attention_mask": np.stack(masks).astype(np.int64),
+            "windows_per_audio": np.array(windows_per_audio, dtype=np.int64),
+            "num_audio_tokens": np.array(num_audio_tokens, dtype=np.int64),
+        }
+
+    def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs: Any) -> str:
+        """Returns the placeholders of one recording."""
+        return self.audio_token * int(audio_inputs["num_audio_tokens"][audio_idx])
+
+    def _count_placeholders(self, text: list[str]) -> list[int]:
+        """Returns the audio tokens of every prompt, one for each of its recordings."""
+        as_they_are = [self.audio_token] * sum(prompt.count(self.audio_token) for prompt in text)
+        _, replaced = self.get_text_with_replacements(list(text), audio_replacements=as_they_are)
+        return [len(of_prompt) for of_prompt in replaced]
+
+    def _tokenize(
+        self, text: list[str], answers: str | list[str] | None, audio_inputs: dict, merged: dict
+    ) -> dict[str, Any]:
+        """Returns `input_ids`, `attention_mask` and, with answers, `labels`, as lists of one row per prompt."""
+        text_kwargs = dict(merged["text_kwargs"])
+        with_types = text_kwargs.pop("return_mm_token_type_ids", merged.get("return_mm_token_type_ids"))
+        with_offsets = text_kwargs.pop(
+            "return_text_replacement_offsets", merged.get("return_text_replacement_offsets")
+        )
+        counts = iter(audio_inputs["num_audio_tokens"].tolist())
+        expected = [sum(next(counts) for _ in range(recordings)) for recordings in self._count_placeholders(text)]
+        replacements = [
+            self.replace_audio_token(audio_inputs, i) for i in range(len(audio_inputs["num_audio_tokens"]))
+        ]
+        text, offsets = self.get_text_with_replacements(text, audio_replacements=replacements)
+
+        if answers is None:
+            encoded = dict(self.tokenizer(text, **text_kwargs))
+        else:
+            answers = [answers] if isinstance(answers, str) else answers
+            if len(answers) != len(text):
+                raise ValueError(
+                    f"answers must hold one answer per prompt, got {len(answers)} for {len(text)} prompts."
+                )
+            # Apart, as in inference, where the prompt's last token never merges with the answer's first.
+            prompts = self.tokenizer(text, **{**text_kwargs, "padding": False})["input_ids"]
+            targets = self.tokenizer([answer + END_OF_TURN for answer in answers], add_special_tokens=False)[
+                "input_ids"
+            ]
+            padding = {
+                name: text_kwargs[name]
+                for name in ("padding", "padding_side", "max_length", "pad_to_multiple_of")
+                if name in text_kwargs
+            }
+            rows = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
+            encoded = dict(self.tokenizer.pad({"input_ids": rows}, **padding))
+            unlearnt = [[0] * len(prompt) + [1] * len(target) for prompt, target in zip(prompts, targets, strict=True)]
+            learnt = self.tokenizer.pad({"input_ids": rows, "attention_mask": unlearnt}, **padding)["attention_mask"]
+            encoded["labels"] = [
+                [token if learn else -100 for token, learn in zip(row, mask, strict=True)]
+                for row, mask in zip(encoded["input_ids"], learnt, strict=True)
+            ]
+
+        for row, (ids, count) in enumerate(zip(encoded["input_ids"], expected, strict=True)):
+            if ids.count(self.audio_token_id) != count:
+                raise ValueError(
+                    f"prompt {row} must hold {count} {self.audio_token} tokens for its recordings, but "
+                    f"{ids.count(self.audio_token_id)} are left after tokenizing; check truncation and max_length."
+                )
+        if with_types:
+            encoded["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])
+        if with_offsets:
+            encoded["text_replacement_offsets"] = offsets
+        return encoded
+
+    @staticmethod
+    def _check_target_length(target_length: Any) -> int:
+        if isinstance(target_length, bool) or not isinstance(target_length, (int, np.integer)) or target_length < 1:
+            raise ValueError(
+                f'target_length must be a positive integer, got {target_length!r}; pass compression="none" to keep '
+                "every frame."
+            )
+        return int(target_length)
+
+    def _target_length_of_each(self, target_length: Any, recordings: int) -> list[int]:
+        """Returns the L of every recording."""
+        if isinstance(target_length, (np.ndarray, torch.Tensor)):
+            target_length = target_length.tolist()
+        if not isinstance(target_length, (list, tuple)):
+            return [
+                self.target_length if target_length is None else self._check_target_length(target_length)
+            ] * recordings
+        if len(target_length) != recordings:
+            raise ValueError(
+                f"target_length must be one integer or one per recording, got {len(target_length)} for {recordings} "
+                "recordings."
+            )
+        return [self._check_target_length(length) for length in target_length]
+
+    def _encode_ctc(self, transcripts: list[str], recordings: int) -> np.ndarray:
+        """Returns the CTC labels of transcripts `(A, C)`, int64, padded with -100."""
+        if len(transcripts) != recordings:
+            raise ValueError(
+                f"ctc_text must hold one transcript per recording, got {len(transcripts)} for {recordings} recordings."
+            )
+        if self.ctc_tokenizer is not None:
+            rows = self.ctc_tokenizer.encode(list(transcripts))
+        else:
+            rows = self.tokenizer(list(transcripts), add_special_tokens=False)["input_ids"]
+        labels = np.full((len(rows), max(map(len, rows), default=0)), -100, dtype=np.int64)
+        for label, row in zip(labels, rows, strict=True):
+            label[: len(row)] = row
+        return labels
+
+    def ctc_decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Returns the text of rows of CTC ids, blanks and repeats already dropped; negative ids are padding."""
+        rows = [[int(token) for token in row if token >= 0] for row in ids]
+        if self.ctc_tokenizer is not None:
+            return [self.ctc_tokenizer.decode(row) for row in rows]
+        return self.tokenizer.batch_decode(rows)
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns a conversation as a prompt or, with `tokenize=True`, as the inputs of the model.
+
+        As in transformers; an audio part is `{"type": "audio", "audio" | "path" | "url": ...}` with anything
+        `load_recording` takes, and `__call__`'s arguments (`target_length`, `compression`, ...) may be
+        given directly or in `processor_kwargs`.
+        """
+        if kwargs.get("tokenize"):
+            call_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
+            names = {
+                *TextKwargs.__annotations__,
+                *AudioKwargs.__annotations__,
+                "target_length",
+                "compression",
+                "answers",
+            }
+            for name in (names - {"return_tensors"}) & kwargs.keys():
+                call_kwargs[name] = kwargs.pop(name)
+            sampling_rate = _pop_sampling_rate(call_kwargs)
+            rate = self.feature_extractor.sampling_rate
+            batched = not isinstance(conversation[0], Mapping)
+            conversation = [
+                [self._with_loaded_audio(message, sampling_rate, rate) for message in messages]
+                for messages in (conversation if batched else [conversation])
+            ]
+            conversation = conversation if batched else conversation[0]
+            kwargs["processor_kwargs"] = {**call_kwargs, "sampling_rate": rate}
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    @staticmethod
+    def _with_loaded_audio(message: Mapping, sampling_rate: float | None, rate: int) -> dict[str, Any]:
+        """Returns a message whose audio parts hold mono samples at `rate` hertz, all that transformers passes on."""
+        if not isinstance(message.get("content"), (list, tuple)):
+            return dict(message)
+        content: list = []
+        for part in message["content"]:
+            source = None
+            if part.get("type") == "audio":
+                source = next(
+                    (part[key] for key in ("audio", "path", "url", "audio_url") if part.get(key) is not None), None
+                )
+            loaded = {} if source is None else {"type": "audio", "audio": load_recording(source, sampling_rate, rate)}
+            content.append(loaded or part)
+        return {**message, "content": content}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what `processor_config.json` holds, with the class to load by `trust_remote_code`."""
+        return {**super().to_dict(), "auto_map": {"AutoProcessor": f"{Path(__file__).stem}.{type(self).__name__}"}}
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Writes tokenizer, feature extractor, chat template, CTC vocabulary and this file into a folder."""
+        files = super().save_pretrained(save_directory)
+        Path(save_directory, Path(__file__).name).write_bytes(Path(__file__).read_bytes())
+        if self.ctc_tokenizer is not None:
+            Path(save_directory, CTC_MODEL_NAME).write_bytes(self.ctc_tokenizer.serialized_model_proto())
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return files
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Returns the arguments of `__init__` a folder or repository holds, with the place of its `ctc.model`."""
+        where = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        hub_kwargs = {name: kwargs[name] for name in where if name in kwargs}
+        processor_dict, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if not os.path.isfile(pretrained_model_name_or_path):
+            processor_dict["ctc_model"] = cached_file(
+                str(pretrained_model_name_or_path),
+                CTC_MODEL_NAME,
+                _raise_exceptions_for_missing_entries=False,
+                **hub_kwargs,
+            )
+        return processor_dict, kwargs
