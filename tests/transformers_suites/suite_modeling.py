@@ -1,6 +1,7 @@
 """transformers' model suite, on stock Qwen2-Audio and on FastLongSpeech, with the same inputs for both."""
 
 import unittest
+from typing import Any
 
 import torch
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
@@ -13,6 +14,9 @@ from fastlongspeech.modeling_fastlongspeech import FastLongSpeechForConditionalG
 
 MEL_FRAMES = 60  # of one window of the tiny model: twice its encoder's positions
 AUDIO_TOKENS = 15  # one for each pooled frame of such a window
+MEL_BINS = 80
+VOCABULARY = 99
+AUDIO_TOKEN_ID = 0
 
 
 class AudioModelTester:
@@ -25,14 +29,14 @@ class AudioModelTester:
     num_attention_heads = 4
     is_training = True
 
-    def __init__(self, config_class: type[Qwen2AudioConfig], **settings: object) -> None:
+    def __init__(self, config_class: type[Qwen2AudioConfig], **settings: Any) -> None:
         self.config_class = config_class
         self.settings = settings
 
     def get_config(self) -> Qwen2AudioConfig:
         text_config = {
             "model_type": "qwen2",
-            "vocab_size": 99,
+            "vocab_size": VOCABULARY,
             "hidden_size": self.hidden_size,
             "intermediate_size": 36,
             "num_hidden_layers": self.num_hidden_layers,
@@ -46,26 +50,25 @@ class AudioModelTester:
             "encoder_layers": self.num_hidden_layers,
             "encoder_attention_heads": self.num_attention_heads,
             "encoder_ffn_dim": 16,
-            "num_mel_bins": 80,
+            "num_mel_bins": MEL_BINS,
             "max_source_positions": MEL_FRAMES // 2,
         }
         return self.config_class(
-            text_config=text_config, audio_config=audio_config, audio_token_index=0, **self.settings
+            text_config=text_config, audio_config=audio_config, audio_token_index=AUDIO_TOKEN_ID, **self.settings
         )
 
     def prepare_config_and_inputs_for_common(self) -> tuple[Qwen2AudioConfig, dict[str, torch.Tensor]]:
-        config = self.get_config()
-        input_ids = ids_tensor([self.batch_size, self.seq_length], config.text_config.vocab_size - 1) + 1
-        input_ids[:, 1 : 1 + AUDIO_TOKENS] = config.audio_token_index
+        input_ids = ids_tensor([self.batch_size, self.seq_length], VOCABULARY - 1) + 1
+        input_ids[:, 1 : 1 + AUDIO_TOKENS] = AUDIO_TOKEN_ID
         attention_mask = torch.ones_like(input_ids)
         attention_mask[:, 0] = 0
         inputs = {
-            "input_features": floats_tensor([self.batch_size, config.audio_config.num_mel_bins, MEL_FRAMES]),
+            "input_features": floats_tensor([self.batch_size, MEL_BINS, MEL_FRAMES]),
             "feature_attention_mask": torch.ones(self.batch_size, MEL_FRAMES, dtype=torch.long),
             "input_ids": input_ids,
             "attention_mask": attention_mask,
         }
-        return config, inputs
+        return self.get_config(), inputs
 
 
 class AudioModelTests(ModelTesterMixin, GenerationTesterMixin):
