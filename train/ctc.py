@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from transformers import set_seed
 
 from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
-from ..processing_fastlongspeech import FastLongSpeechProcessor
-from .data import FRAME_SECONDS, CTCCollator, SpeechRows, load_rows, refuse
+from ..processing_fastlongspeech import FastLongSpeechProcessor, count_frames
+from .data import CTCCollator, SpeechRows, load_rows, refuse
 from .stage import DTYPES, StageArguments, StageTrainer, export, open_run, parse_settings
 
 DECODER = "ctc_decoder."
@@ -71,21 +71,23 @@ def build_vocabulary(texts: Sequence[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def check_lengths(rows: SpeechRows, source: str, ctc_model: Path) -> None:
+def check_lengths(rows: SpeechRows, source: str, processor: FastLongSpeechProcessor) -> None:
     """Refuse rows whose transcript CTC can't place on their frames: one frame per piece, one more between equal ones.
 
     Raises:
         ValueError: naming every such row.
     """
-    vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(ctc_model))
+    extractor = processor.feature_extractor
     faults = []
     for place, seconds, text in zip(rows.places, rows.durations, rows.texts("text"), strict=True):
-        pieces = vocabulary.encode(text)
+        pieces = processor.ctc_tokenizer.encode(text)
         needed = len(pieces) + sum(left == right for left, right in zip(pieces, pieces[1:], strict=False))
-        frames = int(seconds / FRAME_SECONDS)
+        windows, rest = divmod(int(seconds * extractor.sampling_rate), extractor.n_samples)
+        mel_frames = np.array([*[extractor.nb_max_frames] * windows, -(-rest // extractor.hop_length)])
+        frames = count_frames(mel_frames).clip(min=0).sum()
         if needed > frames:
             faults.append(
-                f"{place} has a transcript that needs {needed} frames, its recording has {frames}; check both"
+                f"{place} has a transcript of {needed} frames or more, its recording has {frames}; check both"
             )
     refuse(source, faults)
 
@@ -140,12 +142,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         given = Path(settings.ctc_model).read_bytes() if settings.ctc_model else None
         ctc_model.write_bytes(given or build_vocabulary(train_rows.texts("text"), settings.vocab_size))
     training.distributed_state.wait_for_everyone()  # type: ignore[union-attr]
-    check_lengths(train_rows, settings.train_data, ctc_model)
+    processor = FastLongSpeechProcessor.from_pretrained(settings.model, ctc_model=str(ctc_model))
+    check_lengths(train_rows, settings.train_data, processor)
     if eval_rows:
-        check_lengths(eval_rows, str(settings.eval_data), ctc_model)
+        check_lengths(eval_rows, str(settings.eval_data), processor)
 
     set_seed(training.seed)
-    processor = FastLongSpeechProcessor.from_pretrained(settings.model, ctc_model=str(ctc_model))
     dtype = DTYPES[settings.dtype]
     model = FastLongSpeechForConditionalGeneration.from_pretrained(settings.model, dtype=dtype)
     model.requires_grad_(False)

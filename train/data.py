@@ -117,7 +117,13 @@ def _folder_rows(path: str, split: str, columns: Sequence[str]) -> Any:
     if any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
         found = datasets.load_from_disk(path)
     else:
-        found = datasets.load_dataset(path)
+        try:
+            found = datasets.load_dataset(path)
+        except datasets.exceptions.DatasetGenerationError as error:  # a folder of sound files needs torchcodec
+            reason = error.__cause__ or error
+            raise ValueError(
+                f"{path} can't be read by datasets ({reason}); or write a JSON-lines manifest."
+            ) from error
     if isinstance(found, datasets.DatasetDict):
         if split not in found and (split or len(found) > 1):
             raise ValueError(
@@ -222,7 +228,7 @@ class StepSampler(Sampler):
             )
         if drop_last and len(durations) < samples_per_step:
             raise ValueError(
-                f"dataloader_drop_last drops all {len(durations)} rows, a step takes {samples_per_step}; switch it off."
+                f"dataloader_drop_last drops all {len(durations)} rows of a step of {samples_per_step}; switch it off."
             )
         self.durations, self.samples_per_step, self.seed = durations, samples_per_step, seed
         self.global_step, self.strategy = global_step, strategy
