@@ -87,7 +87,7 @@ def check_lengths(rows: SpeechRows, source: str, processor: FastLongSpeechProces
         frames = count_frames(mel_frames).clip(min=0).sum()
         if needed > frames:
             faults.append(
-                f"{place} has a transcript of {needed} frames or more, its recording has {frames}; check both"
+                f"{place} has a transcript that needs {needed} frames, its recording has {frames}; check both"
             )
     refuse(source, faults)
 
