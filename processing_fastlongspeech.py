@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import soxr
 import torch
 from huggingface_hub import get_session
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import AudioKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs
+from transformers.processing_utils import AudioKwargs, ProcessorMixin, TextKwargs
 from transformers.utils import cached_file, logging
 
 logger = logging.get_logger(__name__)
@@ -29,6 +30,17 @@ CTC_MODEL_NAME = "ctc.model"
 END_OF_TURN = "<|im_end|>"
 FRAME_SECONDS = 0.04
 PCM_DTYPES = ("uint8", "int16", "int32")
+TOKENIZER_DEFAULTS = {
+    "padding": True,
+    "padding_side": "left",
+    "return_token_type_ids": False,
+    "return_tensors": "pt",
+}
+PADDING_OPTIONS = ("padding", "padding_side", "max_length", "pad_to_multiple_of")
+# What `apply_chat_template` hands on to `__call__`; `return_tensors` is an argument of both.
+CALL_OPTIONS = {"target_length", "compression", "answers", *TextKwargs.__annotations__, *AudioKwargs.__annotations__}
+CALL_OPTIONS -= {"return_tensors"}
+AUDIO_KEYS = ("audio", "path", "url", "audio_url")
 
 # Qwen2-Audio's: every recording is announced as "Audio 1:", "Audio 2:", ... and has one placeholder.
 CHAT_TEMPLATE = (
@@ -175,7 +187,7 @@ def _decode_with_ffmpeg(audio: Any, name: str, error: Exception) -> tuple[np.nda
         wav = Path(folder, "output.wav")
         command = ["ffmpeg", "-nostdin", "-v", "error", "-i", f"file:{os.fspath(file)}", "-map", "0:a:0"]
         command += ["-c:a", "pcm_f32le", "-rf64", "auto", str(wav)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode or not wav.exists():
             reason = (done.stderr.strip().splitlines() or ["no audio found"])[-1]
             raise ValueError(f"audio cannot be read: neither soundfile nor ffmpeg can decode {name} ({reason}).")
@@ -199,19 +211,9 @@ def _flatten(audio: Any) -> list:
 
 def _pop_sampling_rate(kwargs: dict[str, Any]) -> float | None:
     """Takes the sampling rate of arrays out of call arguments, flat or in `audio_kwargs`."""
-    nested = dict(kwargs.get("audio_kwargs") or {})
-    nested_rate = nested.pop("sampling_rate", None)
-    if nested or "audio_kwargs" in kwargs:
-        kwargs["audio_kwargs"] = nested
-    flat_rate = kwargs.pop("sampling_rate", None)
-    return nested_rate if flat_rate is None else flat_rate
-
-
-class FastLongSpeechProcessorKwargs(ProcessingKwargs, total=False):
-    _defaults = {
-        "text_kwargs": {"padding": True, "padding_side": "left", "return_token_type_ids": False},
-        "common_kwargs": {"return_tensors": "pt"},
-    }
+    kwargs["audio_kwargs"] = dict(kwargs.get("audio_kwargs") or {})
+    rates = (kwargs.pop("sampling_rate", None), kwargs["audio_kwargs"].pop("sampling_rate", None))
+    return rates[1] if rates[0] is None else rates[0]
 
 
 class FastLongSpeechProcessor(ProcessorMixin):
@@ -228,8 +230,6 @@ class FastLongSpeechProcessor(ProcessorMixin):
         ctc_model: the path of the SentencePiece model of the CTC labels; None when the CTC decoder uses the
             tokenizer's own vocabulary. It is saved as `ctc.model` beside the tokenizer and found there again.
     """
-
-    valid_processor_kwargs = FastLongSpeechProcessorKwargs
 
     def __init__(
         self,
@@ -309,39 +309,32 @@ class FastLongSpeechProcessor(ProcessorMixin):
         sampling_rate = _pop_sampling_rate(kwargs)
         target_length = kwargs.pop("target_length", None)
         merged = self._merge_kwargs(
-            FastLongSpeechProcessorKwargs,
+            self.valid_processor_kwargs,  # type: ignore[arg-type]  # transformers annotates an instance of it
             tokenizer_init_kwargs={k: v for k, v in self.tokenizer.init_kwargs.items() if k != "padding_side"},
             **kwargs,
         )
-        text_kwargs = merged["text_kwargs"]
-        return_tensors = text_kwargs.pop("return_tensors", None)
+        options = {**TOKENIZER_DEFAULTS, **merged["text_kwargs"]}
+        return_tensors = options.pop("return_tensors")
 
-        data: dict[str, Any] = {}
         recordings = [] if audio is None else _flatten(audio)
-        audio_inputs = {"num_audio_tokens": np.zeros(0, dtype=np.int64)}
+        placeholders = [] if text is None else self._count_placeholders(text)
+        if text is not None and sum(placeholders) != len(recordings):
+            raise ValueError(
+                f"the number of {self.audio_token} tokens in the prompts should be the same as the number of "
+                f"recordings passed, got {sum(placeholders)} and {len(recordings)}."
+            )
+        audio_inputs = self.get_audio_inputs(
+            recordings, sampling_rate, target_length, compression, merged["audio_kwargs"].get("device")
+        )
+        data: dict[str, Any] = {}
         if text is not None:
-            placeholders = self._count_placeholders(text)
-            if sum(placeholders) != len(recordings):
-                raise ValueError(
-                    f"the number of {self.audio_token} tokens in the prompts should be the same as the number of "
-                    f"recordings passed, got {sum(placeholders)} and {len(recordings)}."
-                )
+            data.update(self._tokenize(text, answers, placeholders, audio_inputs, options))
         if recordings:
-            audio_inputs = self.get_audio_inputs(
-                recordings,
-                sampling_rate=sampling_rate,
-                target_length=target_length,
-                compression=compression,
-                device=merged["audio_kwargs"].get("device"),
-            )
-        if text is not None:
-            data.update(self._tokenize(list(text), answers, audio_inputs, merged))
-        data.update((name, value) for name, value in audio_inputs.items() if name != "num_audio_tokens")
+            data.update((name, value) for name, value in audio_inputs.items() if name != "num_audio_tokens")
         if ctc_text is not None:
-            data["ctc_labels"] = self._encode_ctc(
-                [ctc_text] if isinstance(ctc_text, str) else ctc_text, len(recordings)
-            )
-        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["text_replacement_offsets"])
+            transcripts = [ctc_text] if isinstance(ctc_text, str) else ctc_text
+            data["ctc_labels"] = self._encode_ctc(transcripts, len(recordings))
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
     def get_audio_inputs(
         self,
@@ -355,30 +348,24 @@ class FastLongSpeechProcessor(ProcessorMixin):
 
         Each window is what the feature extractor makes of its samples alone: 30 s, the last one of a recording padded.
         """
-        target_lengths = self._target_length_of_each(target_length, len(recordings))
+        lengths = self._length_of_each(target_length, len(recordings))
         if compression not in (None, "iterative_fusion", "none"):
             raise ValueError(f'compression must be "iterative_fusion" or "none", got {compression!r}.')
-        rate, window = self.feature_extractor.sampling_rate, self.feature_extractor.n_samples
+        rate, size = self.feature_extractor.sampling_rate, self.feature_extractor.n_samples
         features, masks, windows_per_audio, num_audio_tokens = [], [], [], []
-        for recording, length in zip(recordings, target_lengths, strict=True):
+        for recording, length in zip(recordings, lengths, strict=True):
             samples = load_recording(recording, sampling_rate, rate)
-            starts = range(0, len(samples), window)
-            for start in starts:
-                one = self.feature_extractor(
-                    samples[start : start + window],
-                    sampling_rate=rate,
-                    return_attention_mask=True,
-                    return_tensors="np",
-                    device=device or "cpu",
-                )
-                features.append(one["input_features"][0])
-                masks.append(one["attention_mask"][0])
-            windows_per_audio.append(len(starts))
-            frames = int(count_frames(np.stack(masks[-len(starts) :]).sum(axis=1)).sum())
+            windows = [samples[start : start + size] for start in range(0, len(samples), size)]
+            options = {"sampling_rate": rate, "return_attention_mask": True, "device": device or "cpu"}
+            extracted = [self.feature_extractor(window, return_tensors="np", **options) for window in windows]
+            features += [window["input_features"][0] for window in extracted]
+            masks += [window["attention_mask"][0] for window in extracted]
+            frames = sum(int(count_frames(mask.sum())) for mask in masks[-len(windows) :])
+            windows_per_audio.append(len(windows))
             num_audio_tokens.append(frames if compression == "none" else min(frames, length))
         return {
-            "input_features": np.stack(features).astype(np.float32),
-            "feature_attention_mask": np.stack(masks).astype(np.int64),
+            "input_features": np.array(features, dtype=np.float32),
+            "feature_attention_mask": np.array(masks, dtype=np.int64),
             "windows_per_audio": np.array(windows_per_audio, dtype=np.int64),
             "num_audio_tokens": np.array(num_audio_tokens, dtype=np.int64),
         }
@@ -394,58 +381,54 @@ class FastLongSpeechProcessor(ProcessorMixin):
         return [len(of_prompt) for of_prompt in replaced]
 
     def _tokenize(
-        self, text: list[str], answers: str | list[str] | None, audio_inputs: dict, merged: dict
+        self,
+        text: list[str],
+        answers: str | list[str] | None,
+        placeholders: list[int],
+        audio_inputs: dict[str, np.ndarray],
+        options: dict[str, Any],
     ) -> dict[str, Any]:
         """Returns `input_ids`, `attention_mask` and, with answers, `labels`, as lists of one row per prompt."""
-        text_kwargs = dict(merged["text_kwargs"])
-        with_types = text_kwargs.pop("return_mm_token_type_ids", merged.get("return_mm_token_type_ids"))
-        with_offsets = text_kwargs.pop(
-            "return_text_replacement_offsets", merged.get("return_text_replacement_offsets")
-        )
-        counts = iter(audio_inputs["num_audio_tokens"].tolist())
-        expected = [sum(next(counts) for _ in range(recordings)) for recordings in self._count_placeholders(text)]
-        replacements = [
-            self.replace_audio_token(audio_inputs, i) for i in range(len(audio_inputs["num_audio_tokens"]))
-        ]
-        text, offsets = self.get_text_with_replacements(text, audio_replacements=replacements)
-
+        with_types = options.pop("return_mm_token_type_ids", False)
+        with_offsets = options.pop("return_text_replacement_offsets", False)
+        recordings = range(len(audio_inputs["num_audio_tokens"]))
+        replacements = [self.replace_audio_token(audio_inputs, index) for index in recordings]
+        text, offsets = self.get_text_with_replacements(list(text), audio_replacements=replacements)
         if answers is None:
-            encoded = dict(self.tokenizer(text, **text_kwargs))
+            encoded = dict(self.tokenizer(text, **options))
         else:
-            answers = [answers] if isinstance(answers, str) else answers
-            if len(answers) != len(text):
-                raise ValueError(
-                    f"answers must hold one answer per prompt, got {len(answers)} for {len(text)} prompts."
-                )
-            # Apart, as in inference, where the prompt's last token never merges with the answer's first.
-            prompts = self.tokenizer(text, **{**text_kwargs, "padding": False})["input_ids"]
-            targets = self.tokenizer([answer + END_OF_TURN for answer in answers], add_special_tokens=False)[
-                "input_ids"
-            ]
-            padding = {
-                name: text_kwargs[name]
-                for name in ("padding", "padding_side", "max_length", "pad_to_multiple_of")
-                if name in text_kwargs
-            }
-            rows = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
-            encoded = dict(self.tokenizer.pad({"input_ids": rows}, **padding))
-            unlearnt = [[0] * len(prompt) + [1] * len(target) for prompt, target in zip(prompts, targets, strict=True)]
-            learnt = self.tokenizer.pad({"input_ids": rows, "attention_mask": unlearnt}, **padding)["attention_mask"]
-            encoded["labels"] = [
-                [token if learn else -100 for token, learn in zip(row, mask, strict=True)]
-                for row, mask in zip(encoded["input_ids"], learnt, strict=True)
-            ]
+            encoded = self._tokenize_with_answers(text, [answers] if isinstance(answers, str) else answers, options)
 
-        for row, (ids, count) in enumerate(zip(encoded["input_ids"], expected, strict=True)):
-            if ids.count(self.audio_token_id) != count:
+        counts = iter(audio_inputs["num_audio_tokens"].tolist())
+        for row, (ids, recordings_of_row) in enumerate(zip(encoded["input_ids"], placeholders, strict=True)):
+            wanted, found = sum(islice(counts, recordings_of_row)), ids.count(self.audio_token_id)
+            if wanted != found:
                 raise ValueError(
-                    f"prompt {row} must hold {count} {self.audio_token} tokens for its recordings, but "
-                    f"{ids.count(self.audio_token_id)} are left after tokenizing; check truncation and max_length."
+                    f"prompt {row} must hold {wanted} {self.audio_token} tokens for its recordings, but tokenizing "
+                    f"left {found}; check truncation, max_length and the answer."
                 )
         if with_types:
             encoded["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])
         if with_offsets:
             encoded["text_replacement_offsets"] = offsets
+        return encoded
+
+    def _tokenize_with_answers(self, text: list[str], answers: list[str], options: dict[str, Any]) -> dict[str, Any]:
+        """As `_tokenize`. Prompt and answer are tokenized apart, as in inference."""
+        if len(answers) != len(text):
+            raise ValueError(f"answers must hold one answer per prompt, got {len(answers)} for {len(text)} prompts.")
+        prompts = self.tokenizer(text, **{**options, "padding": False})["input_ids"]
+        endings = self.tokenizer([answer + END_OF_TURN for answer in answers], add_special_tokens=False)["input_ids"]
+        rows = [prompt + ending for prompt, ending in zip(prompts, endings, strict=True)]
+        padding = {name: options[name] for name in PADDING_OPTIONS if name in options}
+        encoded = dict(self.tokenizer.pad({"input_ids": rows}, **padding))
+        encoded["labels"] = [
+            [
+                token if real and position > len(prompt) else -100
+                for token, real, position in zip(ids, mask, accumulate(mask), strict=True)
+            ]
+            for prompt, ids, mask in zip(prompts, encoded["input_ids"], encoded["attention_mask"], strict=True)
+        ]
         return encoded
 
     @staticmethod
@@ -457,18 +440,17 @@ class FastLongSpeechProcessor(ProcessorMixin):
             )
         return int(target_length)
 
-    def _target_length_of_each(self, target_length: Any, recordings: int) -> list[int]:
+    def _length_of_each(self, target_length: Any, recordings: int) -> list[int]:
         """Returns the L of every recording."""
         if isinstance(target_length, (np.ndarray, torch.Tensor)):
             target_length = target_length.tolist()
         if not isinstance(target_length, (list, tuple)):
-            return [
-                self.target_length if target_length is None else self._check_target_length(target_length)
-            ] * recordings
+            target_length = self.target_length if target_length is None else target_length
+            return [self._check_target_length(target_length)] * recordings
         if len(target_length) != recordings:
             raise ValueError(
-                f"target_length must be one integer or one per recording, got {len(target_length)} for {recordings} "
-                "recordings."
+                f"target_length must be one integer or one per recording, got {len(target_length)} for "
+                f"{recordings} recordings."
             )
         return [self._check_target_length(length) for length in target_length]
 
@@ -503,15 +485,7 @@ class FastLongSpeechProcessor(ProcessorMixin):
         """
         if kwargs.get("tokenize"):
             call_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
-            names = {
-                *TextKwargs.__annotations__,
-                *AudioKwargs.__annotations__,
-                "target_length",
-                "compression",
-                "answers",
-            }
-            for name in (names - {"return_tensors"}) & kwargs.keys():
-                call_kwargs[name] = kwargs.pop(name)
+            call_kwargs.update({name: kwargs.pop(name) for name in CALL_OPTIONS & kwargs.keys()})
             sampling_rate = _pop_sampling_rate(call_kwargs)
             rate = self.feature_extractor.sampling_rate
             batched = not isinstance(conversation[0], Mapping)
@@ -525,18 +499,16 @@ class FastLongSpeechProcessor(ProcessorMixin):
 
     @staticmethod
     def _with_loaded_audio(message: Mapping, sampling_rate: float | None, rate: int) -> dict[str, Any]:
-        """Returns a message whose audio parts hold mono samples at `rate` hertz, all that transformers passes on."""
+        """Returns a message whose audio parts hold mono samples at `rate` hertz, which transformers passes on."""
         if not isinstance(message.get("content"), (list, tuple)):
             return dict(message)
-        content: list = []
+        content = []
         for part in message["content"]:
-            source = None
-            if part.get("type") == "audio":
-                source = next(
-                    (part[key] for key in ("audio", "path", "url", "audio_url") if part.get(key) is not None), None
-                )
-            loaded = {} if source is None else {"type": "audio", "audio": load_recording(source, sampling_rate, rate)}
-            content.append(loaded or part)
+            sources = [part[key] for key in AUDIO_KEYS if part.get("type") == "audio" and part.get(key) is not None]
+            loaded = [
+                {"type": "audio", "audio": load_recording(source, sampling_rate, rate)} for source in sources[:1]
+            ]
+            content += loaded or [part]
         return {**message, "content": content}
 
     def to_dict(self) -> dict[str, Any]:
