@@ -1,0 +1,611 @@
+"""FastLongSpeech: Qwen2-Audio that reads recordings of any duration, fused to a length its language model knows.
+
+Follow one recording: 30 s windows -> audio encoder -> frames (25 Hz) -> iterative fusion, guided by the CTC decoder ->
+LayerNorm and projector -> the placeholders of the prompt -> language model.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast
+from transformers.models.qwen2_audio.modeling_qwen2_audio import (
+    Qwen2AudioCausalLMOutputWithPast,
+    Qwen2AudioEncoder,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2AudioModel,
+    Qwen2AudioMultiModalProjector,
+    Qwen2AudioPreTrainedModel,
+)
+from transformers.utils import ModelOutput, can_return_tuple, logging
+
+from .configuration_fastlongspeech import FastLongSpeechConfig
+from .fusion_fastlongspeech import COMPRESSIONS, content_density
+
+logger = logging.get_logger(__name__)
+
+MEL_FRAME_SECONDS = 0.01
+MEL_FRAMES_PER_FRAME = 4
+CHUNK_LOGITS = 2**24  # CTC logits held at a time where only a figure per frame is wanted
+
+AUDIO_INPUTS = ("input_features", "feature_attention_mask", "windows_per_audio", "target_length", "compression")
+
+# Parameter names that transformers wrote before 5.0 for Qwen2-Audio, which are those of the first release as well.
+KEY_MAPPING = {
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^language_model\.model\.": "model.language_model.",
+    r"^language_model\.(?!lm_head\.|model\.)": "model.language_model.",
+    r"^audio_tower\.": "model.audio_tower.",
+    r"^multi_modal_projector\.": "model.multi_modal_projector.",
+    r"^ctc_decoder\.": "model.ctc_decoder.",
+}
+
+
+@dataclass
+class FastLongSpeechAudioOutput(ModelOutput):
+    """Recordings as the language model reads them, one after the other.
+
+    Attributes:
+        pooler_output: `(N, hidden)`, the embeddings of all recordings.
+        audio_lengths: `(A,)` int64, how many of them belong to each recording.
+        spans: `(N, 2)` float32, the seconds of its recording that each embedding stands for.
+    """
+
+    pooler_output: Tensor | None = None
+    audio_lengths: Tensor | None = None
+    spans: Tensor | None = None
+
+
+class FastLongSpeechEncoder(Qwen2AudioEncoder):
+    """Qwen2-Audio's encoder up to its last LayerNorm, which reads no more of a window than there is audio."""
+
+    def forward(self, input_features: Tensor, mel_frames: Tensor) -> BaseModelOutput:
+        """Returns pooled frames before the LayerNorm, `(W, T, D)`; those past a window's own frames mean nothing.
+
+        Args:
+            input_features: log-mel windows `(W, mels, 3000)`.
+            mel_frames: `(W,)` integer on the CPU, valid mel frames of each window, 3 or more.
+        """
+        conv_frames = self._get_feat_extract_output_lengths(mel_frames)[0]
+        longest = int(conv_frames.max())
+        # The last valid position of the convolutions sees two mel frames more.
+        input_features = input_features[..., : int(mel_frames.max()) + 2]
+        input_features = input_features.to(self.conv1.weight.device, self.conv1.weight.dtype)
+
+        hidden_states = F.gelu(self.conv2(F.gelu(self.conv1(input_features)))).transpose(1, 2)[:, :longest]
+        positions = torch.arange(longest, device=hidden_states.device)
+        hidden_states = hidden_states + self.embed_positions(positions)
+        hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
+
+        attention_mask = None
+        if int(conv_frames.min()) < longest:
+            attention_mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=positions < conv_frames.to(positions.device)[:, None],
+            )
+        for layer in self.layers:
+            if not (self.training and torch.rand([]) < self.layerdrop):
+                hidden_states = layer(hidden_states, attention_mask)
+        return BaseModelOutput(last_hidden_state=self.avg_pooler(hidden_states.transpose(1, 2)).transpose(1, 2))
+
+
+class FastLongSpeechCTCDecoder(nn.Module):
+    """Two linear maps from an encoder frame to the CTC vocabulary, the blank last."""
+
+    def __init__(self, config: FastLongSpeechConfig) -> None:
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.projector = nn.Linear(config.audio_config.d_model, width) if config.ctc_projector else None
+        self.linear = nn.Linear(width, config.ctc_blank + 1, bias=False)
+        self._collapsed: tuple[Any, Tensor, Tensor | None] | None = None
+
+    def forward(self, hidden_states: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Returns the logits `(..., V + 1)`, or what `reduce` makes of them, `(...)`.
+
+        With `reduce` the logits are made a chunk of frames at a time, and from the product of both matrices.
+        """
+        hidden_states = hidden_states.to(self.linear.weight.dtype)
+        if reduce is None:
+            return self.linear(hidden_states if self.projector is None else self.projector(hidden_states))
+        weight, bias = self._product()
+        rows = max(1, CHUNK_LOGITS // len(weight))
+        chunks = hidden_states.flatten(0, -2).split(rows)
+        return torch.cat([reduce(F.linear(chunk, weight, bias)) for chunk in chunks]).view(hidden_states.shape[:-1])
+
+    def _product(self) -> tuple[Tensor, Tensor | None]:
+        """Both maps as one, made again only where a weight has changed."""
+        linear, projector = self.linear.weight, self.projector
+        if projector is None:
+            return linear, None
+        state = [(p.data_ptr(), None if p.is_inference() else p._version) for p in self.parameters()]
+        if self._collapsed is None or self._collapsed[0] != state:
+            weight = (linear.float() @ projector.weight.float()).to(linear.dtype)
+            bias = (linear.float() @ projector.bias.float()).to(linear.dtype)
+            self._collapsed = (state, weight, bias)
+        return self._collapsed[1:]
+
+
+class FastLongSpeechModel(Qwen2AudioModel):
+    """Audio encoder, CTC decoder, projector and language model, without a language modelling head."""
+
+    config: FastLongSpeechConfig
+    _no_split_modules = ["Qwen2AudioEncoderLayer", "FastLongSpeechCTCDecoder"]
+
+    def __init__(self, config: FastLongSpeechConfig) -> None:
+        Qwen2AudioPreTrainedModel.__init__(self, config)
+        self.audio_tower = FastLongSpeechEncoder._from_config(config.audio_config)
+        self.multi_modal_projector = Qwen2AudioMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.ctc_decoder = FastLongSpeechCTCDecoder(config)
+        self.post_init()
+
+    def reset_ctc_decoder(self, ctc_vocab_size: int) -> None:
+        """Replaces the CTC decoder by an untrained one for `ctc_vocab_size` pieces, blank not counted."""
+        self.config.ctc_vocab_size = ctc_vocab_size
+        self.config.content_density = "uniform"
+        like = self.multi_modal_projector.linear.weight
+        self.ctc_decoder = FastLongSpeechCTCDecoder(self.config).to(like.device, like.dtype)
+        self.ctc_decoder.apply(self._init_weights)
+
+    def get_audio_features(
+        self,
+        input_features: Tensor,
+        feature_attention_mask: Tensor,
+        windows_per_audio: Tensor | None = None,
+        target_length: int | Sequence[int] | Tensor | None = None,
+        compression: str | None = None,
+    ) -> FastLongSpeechAudioOutput:
+        """Returns recordings as embeddings for the language model, with their lengths and the seconds they stand for.
+
+        Args:
+            input_features: log-mel windows `(W, mels, 3000)`, those of a recording in temporal order.
+            feature_attention_mask: `(W, 3000)`, 1 for mel frames that hold audio.
+            windows_per_audio: `(A,)` integer, how many windows each recording has; absent: one each.
+            target_length: most frames a recording keeps, 1 or more, one for all or `(A,)`; absent: the configuration's.
+            compression: `"iterative_fusion"`, or `"none"` to keep every frame; absent: the configuration's.
+
+        Raises:
+            ValueError: an argument is out of range or does not fit the others.
+        """
+        compression = self.compression_or_default(compression)
+        frames, mel_starts, lengths = self._encode(input_features, feature_attention_mask, windows_per_audio)
+        targets = self._targets(target_length, len(lengths))
+        starts = mel_starts
+        ends = mel_starts + MEL_FRAMES_PER_FRAME
+        if compression != "none" and bool((lengths > targets).any()):
+            first = lengths.cumsum(0) - lengths
+            position = first[:, None] + torch.arange(int(lengths.max()))
+            padded = frames[position.clamp(max=len(frames) - 1).to(frames.device)]
+            fused = COMPRESSIONS[compression](
+                padded, lengths, targets, self._density, self.config.fusion_schedule, self.config.fusion_ladder
+            )
+            lengths = fused.lengths
+            valid = torch.arange(fused.frames.shape[1]) < lengths[:, None]
+            frames = fused.frames[valid.to(frames.device)]
+            spans = (fused.spans.cpu() + first[:, None, None])[valid]
+            starts, ends = starts[spans[:, 0]], ends[spans[:, 1] - 1]
+        return FastLongSpeechAudioOutput(
+            pooler_output=self.multi_modal_projector(self.audio_tower.layer_norm(frames)),
+            audio_lengths=lengths.to(frames.device),
+            spans=(torch.stack((starts, ends), dim=1) * MEL_FRAME_SECONDS).to(frames.device, torch.float32),
+        )
+
+    def ctc_loss(
+        self,
+        input_features: Tensor,
+        feature_attention_mask: Tensor,
+        windows_per_audio: Tensor | None,
+        ctc_labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Returns the CTC loss of recordings: nats per label of each, averaged over the recordings.
+
+        Args:
+            input_features, feature_attention_mask, windows_per_audio: as in `get_audio_features`.
+            ctc_labels: `(A, S)` int64, pieces of the transcripts, padded with -100.
+            num_items_in_batch: the labels of all batches one optimizer step accumulates; with it the loss is the
+                summed nats of this batch, divided by that number.
+        """
+        frames, _, lengths = self._encode(input_features, feature_attention_mask, windows_per_audio)
+        if len(lengths) != len(ctc_labels):
+            raise ValueError(f"ctc_labels holds {len(ctc_labels)} transcripts for {len(lengths)} recordings.")
+        log_probs = self.ctc_decoder(self._ctc_input(frames)).log_softmax(dim=-1, dtype=torch.float32)
+        log_probs = nn.utils.rnn.pad_sequence(list(log_probs.split(lengths.tolist())))
+        ctc_labels = ctc_labels.to(log_probs.device)
+        label_lengths = (ctc_labels != -100).sum(-1)
+        losses = F.ctc_loss(
+            log_probs,
+            ctc_labels.clamp(min=0),
+            lengths.to(log_probs.device),
+            label_lengths,
+            blank=self.config.ctc_blank,
+            reduction="none",
+            zero_infinity=True,  # a transcript too long for its frames
+        )
+        if num_items_in_batch is None:
+            return (losses / label_lengths.clamp(min=1)).mean()
+        return losses.sum() / num_items_in_batch
+
+    @torch.no_grad()
+    def ctc_transcribe(
+        self, input_features: Tensor, feature_attention_mask: Tensor, windows_per_audio: Tensor | None = None
+    ) -> list[list[int]]:
+        """Returns the CTC pieces of each recording: the likeliest of every frame, repeats collapsed, blanks dropped.
+
+        Raises:
+            ValueError: the CTC decoder is not trained.
+        """
+        if self.config.content_density != "ctc":
+            raise ValueError(
+                f'content_density is "{self.config.content_density}": this CTC decoder is not trained and can\'t '
+                "transcribe; train it first (fastlongspeech.train.ctc)."
+            )
+        frames, _, lengths = self._encode(input_features, feature_attention_mask, windows_per_audio)
+        best = self.ctc_decoder(self._ctc_input(frames), reduce=lambda logits: logits.argmax(-1)).cpu()
+        collapsed = [pieces.unique_consecutive() for pieces in best.split(lengths.tolist())]
+        return [pieces[pieces != self.config.ctc_blank].tolist() for pieces in collapsed]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        input_features: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        feature_attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        windows_per_audio: Tensor | None = None,
+        target_length: int | Sequence[int] | Tensor | None = None,
+        compression: str | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Returns the language model's hidden states for prompts whose placeholders are replaced by recordings.
+
+        Without `target_length` every recording is fused to the number of its placeholders; the other arguments are
+        those of `get_audio_features` and of any language model.
+
+        Raises:
+            ValueError: placeholders and recordings do not fit.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if input_features is not None:
+            if input_ids is not None:
+                placeholders = input_ids == self.config.audio_token_id
+            else:
+                audio_token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
+                placeholders = (inputs_embeds == self.get_input_embeddings()(audio_token)).all(-1)
+            runs = placeholder_runs(placeholders, _recordings(input_features, windows_per_audio))
+            audio = self.get_audio_features(
+                input_features,
+                feature_attention_mask,
+                windows_per_audio,
+                runs if target_length is None else target_length,
+                compression,
+            )
+            check_placeholders(runs, audio.audio_lengths)
+            inputs_embeds = insert_audio(inputs_embeds, placeholders, audio.pooler_output)
+        return self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def compression_or_default(self, compression: str | None) -> str:
+        """Returns `compression`, or the configuration's where it is absent; an unknown one is a ValueError."""
+        compression = self.config.compression if compression is None else compression
+        if compression not in (*COMPRESSIONS, "none"):
+            raise ValueError(f"compression must be one of {', '.join(COMPRESSIONS)}, none; got {compression!r}.")
+        return compression
+
+    def _targets(self, target_length: int | Sequence[int] | Tensor | None, recordings: int) -> Tensor:
+        """The target length of each recording, `(A,)` int64 on the CPU."""
+        targets = torch.as_tensor(self.config.target_length if target_length is None else target_length).cpu()
+        if targets.is_floating_point() or targets.dtype == torch.bool or bool((targets < 1).any()):
+            raise ValueError(
+                f'target_length must be a positive integer, got {target_length}; pass compression="none" to keep '
+                "every frame."
+            )
+        if targets.ndim > 1 or (targets.ndim and len(targets) != recordings):
+            raise ValueError(
+                f"target_length holds {targets.numel()} lengths for {recordings} recordings; give one for all or one "
+                "for each."
+            )
+        return targets.to(torch.int64).expand(recordings)
+
+    def _encode(
+        self, input_features: Tensor, feature_attention_mask: Tensor, windows_per_audio: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the valid frames of all recordings before the LayerNorm, one after the other.
+
+        `(N, D)`; the mel frame of its recording that each begins with, `(N,)`, and the frames of each recording,
+        `(A,)`, both int64 on the CPU.
+        """
+        mel_frames = feature_attention_mask.to(torch.int64).sum(-1).cpu()
+        windows = torch.ones_like(mel_frames) if windows_per_audio is None else windows_per_audio.cpu()
+        if (
+            len(input_features) != len(mel_frames)
+            or int(windows.sum()) != len(mel_frames)
+            or bool((windows < 1).any())
+        ):
+            raise ValueError(
+                f"windows_per_audio {windows.tolist()} does not share out the {len(input_features)} windows of "
+                f"input_features and {len(mel_frames)} of feature_attention_mask."
+            )
+        counts = self.audio_tower._get_feat_extract_output_lengths(mel_frames)[1]
+
+        # Windows of similar length are encoded together, so that each costs what its audio costs.
+        waiting = counts.argsort(descending=True, stable=True)
+        waiting = waiting[counts[waiting] > 0]
+        encoded, window_of = [], []
+        trains = any(p.requires_grad for p in self.audio_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            while len(waiting):
+                batch = waiting[: self.config.windows_per_batch]
+                batch = batch[2 * counts[batch] > counts[batch[0]]]
+                waiting = waiting[len(batch) :]
+                hidden = self.audio_tower(input_features[batch], mel_frames[batch]).last_hidden_state
+                valid = torch.arange(hidden.shape[1]) < counts[batch, None]
+                encoded.append(hidden[valid.to(hidden.device)])
+                window_of.append(batch.repeat_interleave(counts[batch]))
+            if not encoded:
+                raise ValueError("input_features hold no recording as long as one frame (40 ms).")
+            in_order = torch.cat(window_of).argsort(stable=True)
+            frames = torch.cat(encoded)[in_order.to(encoded[0].device)]
+
+        recording_of = torch.arange(len(windows)).repeat_interleave(windows)
+        lengths = torch.zeros_like(windows).scatter_add(0, recording_of, counts)
+        mel_starts = mel_frames.cumsum(0) - mel_frames
+        mel_starts = mel_starts - mel_starts[windows.cumsum(0) - windows][recording_of]
+        index = torch.arange(len(frames)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        return frames, mel_starts.repeat_interleave(counts) + MEL_FRAMES_PER_FRAME * index, lengths
+
+    def _ctc_input(self, frames: Tensor) -> Tensor:
+        hidden_states = self.audio_tower.layer_norm(frames)
+        return hidden_states if self.config.ctc_projector else self.multi_modal_projector(hidden_states)
+
+    def _density(self, frames: Tensor) -> Tensor:
+        if self.config.content_density == "uniform":
+            return torch.ones(frames.shape[:-1], device=frames.device)
+        return self.ctc_decoder(self._ctc_input(frames), reduce=content_density)
+
+
+class FastLongSpeechForConditionalGeneration(Qwen2AudioForConditionalGeneration):
+    """Answers questions about recordings of any duration."""
+
+    config: FastLongSpeechConfig
+
+    def __init__(self, config: FastLongSpeechConfig) -> None:
+        Qwen2AudioPreTrainedModel.__init__(self, config)
+        self.model = FastLongSpeechModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a FastLongSpeech or Qwen2-Audio checkpoint, whatever names its parameters have.
+
+        A checkpoint without a CTC decoder works at once, untrained: `content_density` becomes `"uniform"`.
+        """
+        config = kwargs.get("config")
+        if getattr(config, "model_type", None) not in (None, cls.config_class.model_type):
+            kwargs["config"] = cls.config_class.from_dict(config.to_dict())
+        kwargs["key_mapping"] = KEY_MAPPING | (kwargs.get("key_mapping") or {})
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model._weight_conversions = []  # it is saved under the names it has, not under those it came with
+        if any("ctc_decoder." in name for name in info["missing_keys"]):
+            model.config.content_density = "uniform"
+            logger.warning(
+                f"{pretrained_model_name_or_path} has no CTC decoder: content_density is set to 'uniform', which "
+                "gives all frames the same weight in the fusion, until a CTC decoder is trained."
+            )
+        return (model, info) if wants_info else model
+
+    def get_audio_features(self, *args: Any, **kwargs: Any) -> FastLongSpeechAudioOutput:
+        """See `FastLongSpeechModel.get_audio_features`."""
+        return self.model.get_audio_features(*args, **kwargs)
+
+    def ctc_transcribe(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        """See `FastLongSpeechModel.ctc_transcribe`."""
+        return self.model.ctc_transcribe(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        input_features: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        feature_attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        windows_per_audio: Tensor | None = None,
+        target_length: int | Sequence[int] | Tensor | None = None,
+        compression: str | None = None,
+        ctc_labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Qwen2AudioCausalLMOutputWithPast:
+        """Returns logits and, with labels, the loss; with `ctc_labels` the CTC loss alone.
+
+        Args:
+            labels: `(B, S)` int64, -100 where nothing is learnt; shifted inside.
+            ctc_labels: `(A, S)` int64 padded with -100, see `FastLongSpeechModel.ctc_loss`; no `input_ids` then.
+            logits_to_keep: logits of the last so many positions (0: all), or of the positions in a tensor.
+            others: see `FastLongSpeechModel.forward`.
+        """
+        if ctc_labels is not None:
+            if input_ids is not None:
+                raise ValueError("ctc_labels train the CTC decoder alone; leave input_ids out.")
+            return Qwen2AudioCausalLMOutputWithPast(
+                loss=self.model.ctc_loss(
+                    input_features,
+                    feature_attention_mask,
+                    windows_per_audio,
+                    ctc_labels,
+                    kwargs.get("num_items_in_batch"),
+                )
+            )
+        outputs = self.model(
+            input_ids=input_ids,
+            input_features=input_features,
+            attention_mask=attention_mask,
+            feature_attention_mask=feature_attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            windows_per_audio=windows_per_audio,
+            target_length=target_length,
+            compression=compression,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        hidden_states = outputs.last_hidden_state
+        logits = self.lm_head(hidden_states[:, kept] if not isinstance(kept, int) else hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return Qwen2AudioCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Returns the caller's `input_ids` followed by the answers, as any `generate` of transformers.
+
+        `target_length` (any) and `compression` overrule what the processor prepared: the prompt's placeholders are
+        resized inside. Without, every recording is fused to the number of its placeholders.
+
+        Raises:
+            ValueError: placeholders and recordings do not fit.
+        """
+        audio_inputs = {name: kwargs.pop(name, None) for name in AUDIO_INPUTS}
+        if audio_inputs["input_features"] is None:
+            return super().generate(inputs, *args, **kwargs)
+
+        input_ids = kwargs.pop("input_ids", inputs)
+        attention_mask = kwargs.pop("attention_mask", None)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        placeholders = input_ids == self.config.audio_token_id
+        runs = placeholder_runs(
+            placeholders, _recordings(audio_inputs["input_features"], audio_inputs["windows_per_audio"])
+        )
+        compression = self.model.compression_or_default(audio_inputs["compression"])
+        resize = audio_inputs["target_length"] is not None or compression == "none"
+        if not resize:
+            audio_inputs["target_length"] = runs
+        audio = self.get_audio_features(**audio_inputs)
+        ids = input_ids
+        if resize:
+            ids, attention_mask = resize_placeholders(ids, attention_mask, placeholders, audio.audio_lengths)
+        else:
+            check_placeholders(runs, audio.audio_lengths)
+        device = audio.pooler_output.device
+        input_ids, ids, attention_mask = input_ids.to(device), ids.to(device), attention_mask.to(device)
+        inputs_embeds = insert_audio(
+            self.get_input_embeddings()(ids), ids == self.config.audio_token_id, audio.pooler_output
+        )
+        return super().generate(input_ids, *args, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+
+    def _prepare_generated_length(self, **kwargs: Any) -> Any:
+        """Lets lengths count the caller's ids, where `generate` was given embeddings beside them."""
+        if kwargs["input_ids_length"]:
+            kwargs["model_input_name"] = "input_ids"
+        return super()._prepare_generated_length(**kwargs)
+
+
+def placeholder_runs(placeholders: Tensor, recordings: int) -> Tensor:
+    """Returns the length of every run of placeholders, `(A,)`, in reading order.
+
+    Args:
+        placeholders: `(B, S)` bool, True where a prompt holds an audio placeholder.
+        recordings: A.
+
+    Raises:
+        ValueError: there are more or fewer runs than recordings.
+    """
+    run = _run_starts(placeholders).flatten().cumsum(0)[placeholders.flatten()] - 1
+    runs = run.bincount()
+    if len(runs) != recordings:
+        raise ValueError(
+            f"The prompts have a place for {len(runs)} recordings (runs of audio placeholders), but the windows belong "
+            f"to {recordings}; give every recording its own run, and windows_per_audio where one has several windows."
+        )
+    return runs
+
+
+def check_placeholders(runs: Tensor, audio_lengths: Tensor) -> None:
+    """Raises a ValueError unless every recording has as many embeddings as placeholders, both `(A,)`."""
+    runs, audio_lengths = runs.cpu(), audio_lengths.cpu()
+    if not torch.equal(runs, audio_lengths):
+        wrong = int((runs != audio_lengths).nonzero()[0])
+        raise ValueError(
+            f"Recording {wrong} has {int(runs[wrong])} audio placeholders for {int(audio_lengths[wrong])} frames; "
+            "prepare the prompt with the same target_length and compression as the model is called with."
+        )
+
+
+def resize_placeholders(
+    input_ids: Tensor, attention_mask: Tensor, placeholders: Tensor, audio_lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns prompts, left padded, and their mask, in which every run of placeholders has the length given.
+
+    Args:
+        input_ids, attention_mask: `(B, S)`.
+        placeholders: `(B, S)` bool, True where `input_ids` holds an audio placeholder.
+        audio_lengths: `(A,)`, the new length of every run in reading order.
+    """
+    repeats = (~placeholders).long().masked_scatter(_run_starts(placeholders), audio_lengths.to(input_ids.device))
+    totals = repeats.sum(1)
+    width = int(totals.max())
+    valid = torch.arange(width, device=input_ids.device) >= width - totals[:, None]
+
+    def resize(values: Tensor) -> Tensor:
+        resized = values.flatten().repeat_interleave(repeats.flatten())
+        return values.new_zeros(valid.shape).masked_scatter(valid, resized)
+
+    input_ids, attention_mask = resize(input_ids), resize(attention_mask)
+    padding = int(attention_mask.any(0).long().argmax())  # columns that no prompt needs any more
+    return input_ids[:, padding:], attention_mask[:, padding:]
+
+
+def insert_audio(inputs_embeds: Tensor, placeholders: Tensor, embeddings: Tensor) -> Tensor:
+    """Returns `inputs_embeds (B, S, hidden)` with the placeholders `(B, S)` replaced by `embeddings (N, hidden)`."""
+    mask = placeholders[..., None].to(inputs_embeds.device)
+    return inputs_embeds.masked_scatter(mask, embeddings.to(inputs_embeds.device, inputs_embeds.dtype))
+
+
+def _run_starts(placeholders: Tensor) -> Tensor:
+    follows = torch.zeros_like(placeholders)
+    follows[:, 1:] = placeholders[:, :-1]
+    return placeholders & ~follows
+
+
+def _recordings(input_features: Tensor, windows_per_audio: Tensor | None) -> int:
+    return len(input_features if windows_per_audio is None else windows_per_audio)
+
+
+FastLongSpeechForConditionalGeneration.register_for_auto_class("AutoModel")
+
+__all__ = ["FastLongSpeechForConditionalGeneration", "FastLongSpeechModel"]
