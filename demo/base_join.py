@@ -1,0 +1,90 @@
+"""Base model, step 3: the language model learns to listen; encoder frozen, projector and language model trained.
+
+The projector starts as the linear map that best turns the encoder's frames into the embeddings of the words the CTC
+head hears in them (ridge regression), so that the language model begins with something close to the text it knows.
+"""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2AudioForConditionalGeneration
+
+from .base_encoder import Recordings, encode
+from .base_model import QuestionPacker, answer_loss, fit
+from .sentences import TRANSCRIBE
+
+
+@torch.no_grad()
+def encode_recordings(
+    model: Qwen2AudioForConditionalGeneration, recordings: Recordings, cache: Path
+) -> list[torch.Tensor]:
+    """Returns every recording's frames (T, width) float16, computed once and kept in ``cache``."""
+    if cache.exists():
+        return torch.load(cache)
+    frames = [torch.empty(0)] * len(recordings.mels)
+    order = sorted(range(len(recordings.mels)), key=lambda index: len(recordings.mels[index]))
+    for start in tqdm(range(0, len(order), 8), desc="frames", mininterval=10):
+        chosen = order[start : start + 8]
+        hidden, lengths = encode(model, [recordings.mels[index] for index in chosen])
+        for index, row, length in zip(chosen, hidden, lengths, strict=True):
+            frames[index] = row[:length].half().cpu()
+    torch.save(frames, cache.with_suffix(".tmp"))
+    cache.with_suffix(".tmp").replace(cache)
+    return frames
+
+
+@torch.no_grad()
+def fit_projector(model: Qwen2AudioForConditionalGeneration, head: nn.Linear, frames: list[torch.Tensor]) -> None:
+    """Sets the multimodal projector by ridge regression from frames to expected word embeddings, blank being zero."""
+    embedding = model.model.language_model.embed_tokens.weight
+    width = embedding.shape[1]
+    gram, moment = embedding.new_zeros(width + 1, width + 1), embedding.new_zeros(width + 1, width)
+    for rows in frames:
+        rows = rows.to(embedding)
+        target = head(rows).softmax(-1)[:, :-1] @ embedding
+        inputs = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        gram += inputs.T @ inputs
+        moment += inputs.T @ target
+    weights = torch.linalg.solve(
+        gram + gram.diagonal().mean() * 1e-4 * torch.eye(width + 1, device=gram.device), moment
+    )
+    projector = model.model.multi_modal_projector.linear
+    projector.weight.copy_(weights[:-1].T)
+    projector.bias.copy_(weights[-1])
+
+
+def train_joined(
+    model: Qwen2AudioForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    recordings: Recordings,
+    frames: list[torch.Tensor],
+    folder: Path,
+    steps: int,
+    batch_size: int = 12,
+) -> None:
+    """Trains ``model``'s projector and language model in place on questions, transcription and the voice."""
+    packer = QuestionPacker(tokenizer)
+    projector, language_model = model.model.multi_modal_projector, model.model.language_model
+    order = np.argsort([len(rows) for rows in frames])
+
+    def loss_fn(step: int) -> dict[str, torch.Tensor]:
+        rng = random.Random(f"join-{step}")
+        start = rng.randint(0, len(order) - batch_size)
+        chosen = order[start : start + batch_size]  # about equally long, so little padding
+        questions = []
+        for index in chosen:
+            row = recordings.rows[index]
+            pairs = [(asked["question"], asked["answer"]) for asked in row["questions"]]
+            if len(pairs) < 3 or rng.random() < 0.2:
+                pairs.append((TRANSCRIBE, row["text"]))
+            questions.append(pairs)
+        audio = [frames[index] for index in chosen]
+        batch = packer.pack([len(rows) for rows in audio], questions)
+        loss, accuracy = answer_loss(model, batch, projector(torch.cat(audio).to(model.device).float()))
+        return {"loss": loss, "accuracy": accuracy}
+
+    fit("join", folder, nn.ModuleList([projector, language_model, model.lm_head]), loss_fn, steps, 6e-4)
