@@ -1,1 +1,24 @@
-"""FastLongSpeech: ask questions about recordings of any duration."""
+"""FastLongSpeech: ask questions about recordings of any duration.
+
+Importing the package registers its classes with transformers' Auto classes, so that checkpoints load without
+`trust_remote_code`.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
+
+from .configuration_fastlongspeech import FastLongSpeechConfig
+from .modeling_fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechModel
+from .processing_fastlongspeech import FastLongSpeechProcessor, load_recording
+
+__all__ = [
+    "FastLongSpeechConfig",
+    "FastLongSpeechForConditionalGeneration",
+    "FastLongSpeechModel",
+    "FastLongSpeechProcessor",
+    "load_recording",
+]
+
+AutoConfig.register(FastLongSpeechConfig.model_type, FastLongSpeechConfig, exist_ok=True)
+AutoModel.register(FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(FastLongSpeechConfig, FastLongSpeechProcessor, exist_ok=True)
