@@ -9,7 +9,6 @@ from transformers import Qwen2Tokenizer, WhisperFeatureExtractor
 
 from fastlongspeech import FastLongSpeechProcessor
 
-
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"]
 
 
