@@ -10,6 +10,7 @@ everything else is frozen, dropout off. The result is a complete model folder wi
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 from collections.abc import Sequence
@@ -95,6 +96,8 @@ def check_lengths(rows: SpeechRows, source: str, processor: FastLongSpeechProces
 class CTCTrainer(StageTrainer):
     """Trains the CTC decoder. Checkpoints hold the decoder alone; evaluation adds the word error rate."""
 
+    label = "ctc_labels"
+
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
@@ -103,7 +106,7 @@ class CTCTrainer(StageTrainer):
         if prediction_loss_only:
             return loss, None, None
         inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("ctc_labels")
+        labels = inputs.pop(self.label)
         with torch.no_grad(), self.accelerator.autocast():
             found = cast(FastLongSpeechForConditionalGeneration, self.model).ctc_transcribe(**inputs)
         rows = [torch.tensor(ids, dtype=labels.dtype, device=labels.device) for ids in found]
@@ -132,12 +135,12 @@ def word_error_rate(processor: FastLongSpeechProcessor, prediction: Any) -> dict
 def main(argv: Sequence[str] | None = None) -> None:
     """Run stage 1."""
     settings, training = parse_settings(CTCArguments, argv)
-    training.label_names = ["ctc_labels"]
+    output = Path(str(training.output_dir))
     checkpoint = open_run(settings, training)
     train_rows = load_rows(settings.train_data, ("audio", "text"))
     eval_rows = load_rows(settings.eval_data, ("audio", "text")) if settings.eval_data else None
 
-    ctc_model = Path(str(training.output_dir)) / "ctc.model"
+    ctc_model = output / "ctc.model"
     if training.process_index == 0 and not checkpoint:
         given = Path(settings.ctc_model).read_bytes() if settings.ctc_model else None
         ctc_model.write_bytes(given or build_vocabulary(train_rows.texts("text"), settings.vocab_size))
@@ -154,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.model.reset_ctc_decoder(processor.ctc_vocab_size)
     decoder = model.model.ctc_decoder.to(torch.float32).requires_grad_(True)
     model.config.content_density = "ctc"
-    use_cache = model.config.use_cache
+    config = copy.deepcopy(model.config)
 
     trainer = CTCTrainer(
         model=model,
@@ -170,13 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if training.should_save:
         decoder.to(dtype)
-        model.config.use_cache = use_cache  # the Trainer switches it off
-
-        def save(folder: str) -> None:
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
-
-        export(training.output_dir, save)
+        export(model, config, processor, output)
 
 
 if __name__ == "__main__":

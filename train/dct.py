@@ -10,8 +10,10 @@ result is a complete model folder. Evaluation reports the loss at fixed lengths,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
@@ -56,7 +58,6 @@ def add_lora(model: FastLongSpeechForConditionalGeneration, settings: DCTArgumen
 def main(argv: Sequence[str] | None = None) -> None:
     """Run stage 2."""
     settings, training = parse_settings(DCTArguments, argv)
-    training.label_names = ["labels"]
     checkpoint = open_run(settings, training)
     columns = ("audio", "question", "answer")
     train_rows = load_rows(settings.train_data, columns)
@@ -64,12 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     processor = FastLongSpeechProcessor.from_pretrained(settings.model)
     model = FastLongSpeechForConditionalGeneration.from_pretrained(settings.model, dtype=DTYPES[settings.dtype])
-    config = model.config
     if settings.target_lengths:
-        config.target_lengths = settings.target_lengths
+        model.config.target_lengths = settings.target_lengths
+    config = copy.deepcopy(model.config)
     if config.content_density == "uniform" and training.process_index == 0:
         print("# content_density is uniform: the CTC decoder is not used; run stage 1 first to train it", flush=True)
-    use_cache = config.use_cache
     set_seed(training.seed)
     adapted = add_lora(model, settings)
 
@@ -86,14 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.save_state()
 
     if training.should_save:
-        config.use_cache = use_cache  # the Trainer switches it off
-        merged = adapted.merge_and_unload()
-
-        def save(folder: str) -> None:
-            merged.save_pretrained(folder)
-            processor.save_pretrained(folder)
-
-        export(training.output_dir, save)
+        export(adapted.merge_and_unload(), config, processor, Path(str(training.output_dir)))
 
 
 if __name__ == "__main__":

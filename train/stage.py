@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,15 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from torch.utils.data import SequentialSampler
-from transformers import HfArgumentParser, IntervalStrategy, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    HfArgumentParser,
+    IntervalStrategy,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    Trainer,
+    TrainingArguments,
+)
 
 from .data import StepSampler
 
@@ -69,9 +77,6 @@ def parse_settings(stage: type[Stage], argv: Sequence[str] | None = None) -> tup
     )
     _refuse_unknown([word.lstrip("-").partition("=")[0] for word in unknown], known, "the command line")
     _check(settings, training)
-    training.remove_unused_columns = False  # the collators need the rows' own columns
-    if training.ddp_find_unused_parameters is None:
-        training.ddp_find_unused_parameters = False  # all that trains is used in every step
     return settings, training
 
 
@@ -142,13 +147,9 @@ def open_run(settings: StageArguments, training: TrainingArguments) -> str | Non
 
 def _resolved(settings: StageArguments, training: TrainingArguments) -> dict[str, Any]:
     """Return all of the stage's settings, and those of the Trainer that differ from its defaults."""
-    values = training.to_dict()
-    resolved = dataclasses.asdict(settings)
-    for f in dataclasses.fields(TrainingArguments):
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        if f.init and values.get(f.name) != default:
-            resolved[f.name] = values[f.name]
-    return json.loads(json.dumps(resolved, default=str))
+    defaults = TrainingArguments(use_cpu=training.use_cpu).to_dict()
+    changed = {name: value for name, value in training.to_dict().items() if value != defaults[name]}
+    return json.loads(json.dumps({**dataclasses.asdict(settings), **changed, "use_cpu": training.use_cpu}))
 
 
 def last_checkpoint(output: Path) -> str | None:
@@ -162,12 +163,16 @@ def last_checkpoint(output: Path) -> str | None:
     return None
 
 
-def export(output_dir: str | None, save: Callable[[str], None]) -> None:
-    """Write a complete model folder into the output folder, `config.json` last: it marks a finished run."""
-    output = Path(output_dir or "")
+def export(model: PreTrainedModel, config: PreTrainedConfig, processor: ProcessorMixin, output: Path) -> None:
+    """Write a complete model folder into the output folder, `config.json` last: it marks a finished run.
+
+    `config` is the model's from before training; the Trainer changes it (`use_cache`, special tokens).
+    """
     unfinished = output / "unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    save(str(unfinished))
+    model.config = config
+    model.save_pretrained(unfinished)
+    processor.save_pretrained(unfinished)
     for file in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(file, output / file.name)
     unfinished.rmdir()
@@ -177,11 +182,17 @@ class StageTrainer(Trainer):
     """A Trainer whose rows carry their optimiser step (`StepSampler`), with dropout off in all that is frozen.
 
     `model` is a `FastLongSpeechForConditionalGeneration` or a PEFT model around it, with `requires_grad` as the
-    stage wants it.
+    stage wants it; `label` is the name of the model's input that holds the labels.
     """
 
-    def __init__(self, model: Any, **kwargs: Any):
-        super().__init__(model=model, **kwargs)
+    label = "labels"
+
+    def __init__(self, model: Any, args: TrainingArguments, **kwargs: Any):
+        args.label_names = [self.label]
+        args.remove_unused_columns = False  # the collators need the rows' own columns
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # all that trains is used in every step
+        super().__init__(model=model, args=args, **kwargs)
         whole: PreTrainedModel = model if isinstance(model, PreTrainedModel) else model.get_base_model()
         parts = whole.base_model.children()
         self.frozen = [part for part in parts if not any(weight.requires_grad for weight in part.parameters())]
