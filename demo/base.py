@@ -53,6 +53,7 @@ def main() -> None:
     fit_projector(model, head, frames)
     train_joined(model, tokenizer, recordings, frames, folder, steps["join"])
 
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     finished = folder / "model.tmp"
     model.save_pretrained(finished)
     processor = Qwen2AudioProcessor(feature_extractor, tokenizer)

@@ -1,6 +1,7 @@
-"""Base model, step 2: the audio encoder learns to hear words, through a CTC loss on a head that is thrown away.
+"""Base model, step 2: the audio encoder learns to hear words, through CTC losses on heads that are thrown away.
 
-The head's vocabulary is the language model's. Excerpts grow from single sentences to whole recordings of 29 s.
+One head reads the words (the language model's tokens) off the final frames, the other the letters off the middle
+layer, at 50 Hz: letters are learnt first and carry the words. Excerpts grow from sentences to recordings of 29 s.
 """
 
 import json
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2AudioForConditionalGenera
 from .base_model import QuestionPacker, fit
 
 MEL_RATE = 100  # mel frames per second
+LETTERS = " abcdefghijklmnopqrstuvwxyz"
 
 
 @dataclass
@@ -51,29 +53,39 @@ def load_recordings(folder: Path, feature_extractor: WhisperFeatureExtractor, ca
     return Recordings(rows, np.split(stored["frames"], np.cumsum(stored["lengths"])[:-1]))
 
 
-def encode(model: Qwen2AudioForConditionalGeneration, mels: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the encoder's frames (B, T, width) at 25 Hz after the final LayerNorm, and their lengths (B,).
+@dataclass
+class Encoded:
+    """What the encoder makes of a batch: ``frames`` (B, T, width) at 25 Hz after the final LayerNorm, with their
+    ``lengths`` (B,), and the ``middle`` layer's output (B, T', width) at 50 Hz, with its ``middle_lengths`` (B,)."""
 
-    The stock encoder's own layers, run on the longest excerpt of the batch instead of 30 s, padding masked.
-    """
+    frames: torch.Tensor
+    lengths: torch.Tensor
+    middle: torch.Tensor
+    middle_lengths: torch.Tensor
+
+
+def encode(model: Qwen2AudioForConditionalGeneration, mels: list[np.ndarray]) -> Encoded:
+    """Runs the stock encoder's own layers on the longest excerpt of the batch instead of 30 s, padding masked."""
     tower = model.model.audio_tower
-    lengths = torch.tensor([len(mel) for mel in mels])
-    features = torch.zeros(len(mels), tower.num_mel_bins, int(lengths.max()) // 4 * 4 + 4)
+    mel_lengths = torch.tensor([len(mel) for mel in mels])
+    features = torch.zeros(len(mels), tower.num_mel_bins, int(mel_lengths.max()) // 4 * 4 + 4)
     for row, mel in zip(features, mels, strict=True):
         row[:, : len(mel)] = torch.from_numpy(mel.T.astype(np.float32))
-    features, lengths = features.to(tower.device), lengths.to(tower.device)
+    features, mel_lengths = features.to(tower.device), mel_lengths.to(tower.device)
     hidden = nn.functional.gelu(tower.conv1(features))
     hidden = nn.functional.gelu(tower.conv2(hidden)).transpose(1, 2)
     hidden = hidden + tower.embed_positions.weight[: hidden.shape[1]]
-    states, frames = tower._get_feat_extract_output_lengths(lengths)
-    padding = torch.arange(hidden.shape[1], device=tower.device) >= states[:, None]
-    mask = torch.zeros_like(padding, dtype=torch.float32).masked_fill(padding, torch.finfo(torch.float32).min)[
-        :, None, None
-    ]
-    mask = mask.expand(-1, -1, hidden.shape[1], -1)
-    for layer in tower.layers:
+    middle_lengths, lengths = tower._get_feat_extract_output_lengths(mel_lengths)
+    padding = torch.arange(hidden.shape[1], device=tower.device) >= middle_lengths[:, None]
+    mask = torch.zeros_like(padding, dtype=torch.float32).masked_fill(padding, torch.finfo(torch.float32).min)
+    mask = mask[:, None, None].expand(-1, -1, hidden.shape[1], -1)
+    middle = hidden
+    for number, layer in enumerate(tower.layers, start=1):
         hidden = layer(hidden, mask)
-    return tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2)), frames
+        if number == len(tower.layers) // 2:
+            middle = hidden
+    frames = tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
+    return Encoded(frames, lengths, middle, middle_lengths)
 
 
 def draw_excerpts(
@@ -99,38 +111,47 @@ def draw_excerpts(
         texts.append(" ".join(sentence["text"] for sentence in sentences[first : last + 1]))
 
 
+def _ctc_loss(logits: torch.Tensor, lengths: torch.Tensor, labels: list[torch.Tensor]) -> torch.Tensor:
+    """Returns the CTC loss per label; ``logits`` (B, T, vocabulary + 1), blank last."""
+    sizes = torch.tensor([len(label) for label in labels])
+    loss = nn.functional.ctc_loss(
+        logits.log_softmax(-1).transpose(0, 1),
+        torch.cat(labels).to(logits.device),
+        lengths,
+        sizes.to(logits.device),
+        blank=logits.shape[-1] - 1,
+        reduction="sum",
+        zero_infinity=True,
+    )
+    return loss / int(sizes.sum())
+
+
 def train_encoder(
     model: Qwen2AudioForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
     recordings: Recordings,
     folder: Path,
     steps: int,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 1.5e-3,
 ) -> nn.Linear:
-    """Trains ``model``'s audio tower in place and returns the CTC head, Linear(width, vocabulary + 1), blank last."""
+    """Trains ``model``'s audio tower in place and returns the words' head, Linear(width, vocabulary + 1)."""
     packer = QuestionPacker(tokenizer)
     torch.manual_seed(1)
-    head = nn.Linear(model.config.audio_config.d_model, len(tokenizer) + 1).to(model.device)
-    modules = nn.ModuleList([model.model.audio_tower, head])
+    width = model.config.audio_config.d_model
+    words = nn.Linear(width, len(tokenizer) + 1).to(model.device)
+    letters = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(LETTERS) + 1)).to(model.device)
+    modules = nn.ModuleList([model.model.audio_tower, words, letters])
 
     def loss_fn(step: int) -> dict[str, torch.Tensor]:
         progress = step / steps
         longest, batch_seconds = (4, 40) if progress < 0.55 else (10, 60) if progress < 0.75 else (29, 80)
         mels, texts = draw_excerpts(recordings, step, longest, batch_seconds)
-        frames, lengths = encode(model, mels)
-        labels = [torch.tensor(packer.words(text)) for text in texts]
-        logits = head(frames).log_softmax(-1).transpose(0, 1)
-        sizes = torch.tensor([len(label) for label in labels])
-        loss = nn.functional.ctc_loss(
-            logits,
-            torch.cat(labels).to(model.device),
-            lengths,
-            sizes.to(model.device),
-            blank=len(tokenizer),
-            reduction="sum",
-            zero_infinity=True,
-        )
-        return {"loss": loss / int(sizes.sum()), "longest": torch.tensor(float(longest))}
+        encoded = encode(model, mels)
+        spelt = [torch.tensor([LETTERS.index(letter) for letter in text]) for text in texts]
+        loss_letters = _ctc_loss(letters(encoded.middle), encoded.middle_lengths, spelt)
+        spoken = [torch.tensor(packer.words(text)) for text in texts]
+        loss_words = _ctc_loss(words(encoded.frames), encoded.lengths, spoken)
+        return {"loss": loss_words + loss_letters, "words": loss_words, "letters": loss_letters}
 
     fit("encoder", folder, modules, loss_fn, steps, learning_rate)
-    return head
+    return words

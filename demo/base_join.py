@@ -29,8 +29,8 @@ def encode_recordings(
     order = sorted(range(len(recordings.mels)), key=lambda index: len(recordings.mels[index]))
     for start in tqdm(range(0, len(order), 8), desc="frames", mininterval=10):
         chosen = order[start : start + 8]
-        hidden, lengths = encode(model, [recordings.mels[index] for index in chosen])
-        for index, row, length in zip(chosen, hidden, lengths, strict=True):
+        encoded = encode(model, [recordings.mels[index] for index in chosen])
+        for index, row, length in zip(chosen, encoded.frames, encoded.lengths, strict=True):
             frames[index] = row[:length].half().cpu()
     torch.save(frames, cache.with_suffix(".tmp"))
     cache.with_suffix(".tmp").replace(cache)

@@ -93,8 +93,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2Audio
         audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
     )
     model = Qwen2AudioForConditionalGeneration(config)
-    # Embeddings that begin as the head's own make copying a word from the passage easy to learn.
-    model.lm_head.weight.data.copy_(model.model.language_model.embed_tokens.weight)
+    # Tied while it is trained, which makes copying a word from the passage easy to learn; the stock class has no tie.
+    model.lm_head.weight = model.model.language_model.embed_tokens.weight
     positions = model.model.audio_tower.embed_positions.weight
     half = positions.shape[1] // 2
     scale = torch.exp(-torch.arange(half) * (torch.log(torch.tensor(10_000.0)) / (half - 1)))
@@ -198,7 +198,13 @@ def fit(
     alone, so a run that was killed goes on as if it had not been. Metrics land in ``folder/NAME.jsonl``.
     """
     parameters = [p for p in modules.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    # Rows of an embedding are updated rarely; at the full rate AdamW shakes them more than they learn.
+    embeddings = [m.weight for m in modules.modules() if isinstance(m, nn.Embedding) and m.weight.requires_grad]
+    others = [p for p in parameters if all(p is not embedding for embedding in embeddings)]
+    groups: list[dict] = [{"params": others}]
+    if embeddings:
+        groups.append({"params": embeddings, "lr": learning_rate * 0.2})
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10), steps)
     checkpoint, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
     start = 0

@@ -132,9 +132,7 @@ def record(split_name: str, index: int) -> tuple[np.ndarray, dict]:
 
     questions = [
         {"question": rng.choice(fact.questions()), "answer": fact.value, "kind": fact.kind, "time": sentence["start"]}
-        for sentence, fact in zip(
-            sentences, writer.passage.facts, strict=False
-        )  # the sentence that did not fit is left out
+        for sentence, fact in zip(sentences, writer.passage.facts[: len(sentences)], strict=True)
         if fact is not None
     ]
     if split.questions is not None:
