@@ -6,7 +6,6 @@ batches, have no parameters and loop over rounds alone.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -62,15 +61,14 @@ def iterative_fusion(
     plan = [lengths.to("cpu", torch.int64)]  # every round's lengths: the only time that the host waits for the device
     while bool((plan[-1] > targets).any()):
         plan.append(next_lengths(plan[-1], targets, schedule, ladder))
+    widths = [int(shorter.max()) for shorter in plan[1:]]
+    lengths, *rounds = torch.stack(plan).to(device)
 
-    lengths = lengths.to(torch.int64)
     width = frames.shape[1]
     starts = torch.arange(width, device=device).expand(len(frames), width)
     frames = frames.float().masked_fill(~_valid(lengths, width)[..., None], 0.0)
     ends_at = lengths[:, None]
-    for _, shorter in pairwise(plan):
-        width = int(shorter.max())
-        shorter = shorter.to(device)
+    for shorter, width in zip(rounds, widths, strict=True):
         with torch.no_grad():
             density = density_fn(frames.to(dtype)).float()
             sizes = span_sizes(similarities(frames), lengths, shorter, width)
@@ -95,7 +93,7 @@ def content_density(ctc_logits: Tensor) -> Tensor:
 
 
 def similarities(frames: Tensor) -> Tensor:
-    """Eq. 4: cosine similarity `(B, T - 1)` of every frame of `(B, T, D)` and its right neighbour; 0 for a zero frame."""
+    """Eq. 4: cosine similarity `(B, T - 1)` of every frame of `(B, T, D)` and the next; 0 for a zero frame."""
     norms = torch.linalg.vector_norm(frames, dim=-1)
     products = (frames[:, :-1] * frames[:, 1:]).sum(dim=-1)
     return products / (norms[:, :-1] * norms[:, 1:]).clamp(min=1e-16)

@@ -6,12 +6,12 @@ LayerNorm and projector -> the placeholders of the prompt -> language model.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast
 from transformers.models.qwen2_audio.modeling_qwen2_audio import (
@@ -22,7 +22,8 @@ from transformers.models.qwen2_audio.modeling_qwen2_audio import (
     Qwen2AudioMultiModalProjector,
     Qwen2AudioPreTrainedModel,
 )
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
 from .configuration_fastlongspeech import FastLongSpeechConfig
 from .fusion_fastlongspeech import COMPRESSIONS, content_density
@@ -56,9 +57,9 @@ class FastLongSpeechAudioOutput(ModelOutput):
         spans: `(N, 2)` float32, the seconds of its recording that each embedding stands for.
     """
 
-    pooler_output: Tensor | None = None
-    audio_lengths: Tensor | None = None
-    spans: Tensor | None = None
+    pooler_output: Tensor = cast(Tensor, None)
+    audio_lengths: Tensor = cast(Tensor, None)
+    spans: Tensor = cast(Tensor, None)
 
 
 class FastLongSpeechEncoder(Qwen2AudioEncoder):
@@ -71,11 +72,12 @@ class FastLongSpeechEncoder(Qwen2AudioEncoder):
             input_features: log-mel windows `(W, mels, 3000)`.
             mel_frames: `(W,)` integer on the CPU, valid mel frames of each window, 3 or more.
         """
-        conv_frames = self._get_feat_extract_output_lengths(mel_frames)[0]
+        conv_frames = (mel_frames - 1) // 2 + 1
         longest = int(conv_frames.max())
         # The last valid position of the convolutions sees two mel frames more.
         input_features = input_features[..., : int(mel_frames.max()) + 2]
-        input_features = input_features.to(self.conv1.weight.device, self.conv1.weight.dtype)
+        weight = self.conv1.weight  # where it is offloaded, a hook moves the input
+        input_features = input_features.to(weight.dtype) if weight.is_meta else input_features.to(weight)
 
         hidden_states = F.gelu(self.conv2(F.gelu(self.conv1(input_features)))).transpose(1, 2)[:, :longest]
         positions = torch.arange(longest, device=hidden_states.device)
@@ -100,35 +102,43 @@ class FastLongSpeechCTCDecoder(nn.Module):
 
     def __init__(self, config: FastLongSpeechConfig) -> None:
         super().__init__()
-        width = config.text_config.hidden_size
-        self.projector = nn.Linear(config.audio_config.d_model, width) if config.ctc_projector else None
+        width = config.get_text_config().hidden_size
+        frame_width = cast(PreTrainedConfig, config.audio_config).d_model
+        self.projector = nn.Linear(frame_width, width) if config.ctc_projector else None
         self.linear = nn.Linear(width, config.ctc_blank + 1, bias=False)
-        self._collapsed: tuple[Any, Tensor, Tensor | None] | None = None
+        self._product: tuple[Any, Tensor, Tensor] | None = None
 
     def forward(self, hidden_states: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Returns the logits `(..., V + 1)`, or what `reduce` makes of them, `(...)`.
 
-        With `reduce` the logits are made a chunk of frames at a time, and from the product of both matrices.
+        With `reduce` the logits are made a chunk of frames at a time and, unless the decoder trains, from the product
+        of both matrices: a third of the work, as there is nothing between them.
         """
-        hidden_states = hidden_states.to(self.linear.weight.dtype)
+        linear, projector = self.linear, self.projector
+        hidden_states = hidden_states.to(linear.weight.dtype)
         if reduce is None:
-            return self.linear(hidden_states if self.projector is None else self.projector(hidden_states))
-        weight, bias = self._product()
-        rows = max(1, CHUNK_LOGITS // len(weight))
-        chunks = hidden_states.flatten(0, -2).split(rows)
-        return torch.cat([reduce(F.linear(chunk, weight, bias)) for chunk in chunks]).view(hidden_states.shape[:-1])
-
-    def _product(self) -> tuple[Tensor, Tensor | None]:
-        """Both maps as one, made again only where a weight has changed."""
-        linear, projector = self.linear.weight, self.projector
+            return linear(hidden_states if projector is None else projector(hidden_states))
+        trains = self.training and linear.weight.requires_grad
+        chunks = hidden_states.flatten(0, -2).split(max(1, CHUNK_LOGITS // linear.out_features))
         if projector is None:
-            return linear, None
+            figures = [reduce(linear(chunk)) for chunk in chunks]
+        elif trains or linear.weight.is_meta:  # meta: offloaded, there when the layer runs
+            figures = [reduce(linear(projector(chunk))) for chunk in chunks]
+        else:
+            weight, bias = self._multiplied(projector)
+            figures = [reduce(F.linear(chunk, weight, bias)) for chunk in chunks]
+        return torch.cat(figures).view(hidden_states.shape[:-1])
+
+    @torch.no_grad()
+    def _multiplied(self, projector: nn.Linear) -> tuple[Tensor, Tensor]:
+        """Both maps as one, multiplied again only where a weight has changed."""
         state = [(p.data_ptr(), None if p.is_inference() else p._version) for p in self.parameters()]
-        if self._collapsed is None or self._collapsed[0] != state:
+        if self._product is None or self._product[0] != state:
+            linear = self.linear.weight
             weight = (linear.float() @ projector.weight.float()).to(linear.dtype)
             bias = (linear.float() @ projector.bias.float()).to(linear.dtype)
-            self._collapsed = (state, weight, bias)
-        return self._collapsed[1:]
+            self._product = (state, weight, bias)
+        return self._product[1:]
 
 
 class FastLongSpeechModel(Qwen2AudioModel):
@@ -153,10 +163,11 @@ class FastLongSpeechModel(Qwen2AudioModel):
         self.ctc_decoder = FastLongSpeechCTCDecoder(self.config).to(like.device, like.dtype)
         self.ctc_decoder.apply(self._init_weights)
 
+    @can_return_tuple
     def get_audio_features(
         self,
         input_features: Tensor,
-        feature_attention_mask: Tensor,
+        feature_attention_mask: Tensor | None,
         windows_per_audio: Tensor | None = None,
         target_length: int | Sequence[int] | Tensor | None = None,
         compression: str | None = None,
@@ -167,8 +178,8 @@ class FastLongSpeechModel(Qwen2AudioModel):
             input_features: log-mel windows `(W, mels, 3000)`, those of a recording in temporal order.
             feature_attention_mask: `(W, 3000)`, 1 for mel frames that hold audio.
             windows_per_audio: `(A,)` integer, how many windows each recording has; absent: one each.
-            target_length: most frames a recording keeps, 1 or more, one for all or `(A,)`; absent: the configuration's.
-            compression: `"iterative_fusion"`, or `"none"` to keep every frame; absent: the configuration's.
+            target_length: most frames a recording keeps, 1 or more, one for all or `(A,)`; absent: configured.
+            compression: `"iterative_fusion"`, or `"none"` to keep every frame; absent: configured.
 
         Raises:
             ValueError: an argument is out of range or does not fit the others.
@@ -284,12 +295,9 @@ class FastLongSpeechModel(Qwen2AudioModel):
                 audio_token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
                 placeholders = (inputs_embeds == self.get_input_embeddings()(audio_token)).all(-1)
             runs = placeholder_runs(placeholders, _recordings(input_features, windows_per_audio))
+            lengths = runs if target_length is None else target_length
             audio = self.get_audio_features(
-                input_features,
-                feature_attention_mask,
-                windows_per_audio,
-                runs if target_length is None else target_length,
-                compression,
+                input_features, feature_attention_mask, windows_per_audio, lengths, compression, return_dict=True
             )
             check_placeholders(runs, audio.audio_lengths)
             inputs_embeds = insert_audio(inputs_embeds, placeholders, audio.pooler_output)
@@ -325,25 +333,24 @@ class FastLongSpeechModel(Qwen2AudioModel):
         return targets.to(torch.int64).expand(recordings)
 
     def _encode(
-        self, input_features: Tensor, feature_attention_mask: Tensor, windows_per_audio: Tensor | None
+        self, input_features: Tensor, feature_attention_mask: Tensor | None, windows_per_audio: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the valid frames of all recordings before the LayerNorm, one after the other.
 
         `(N, D)`; the mel frame of its recording that each begins with, `(N,)`, and the frames of each recording,
         `(A,)`, both int64 on the CPU.
         """
+        if feature_attention_mask is None:
+            raise ValueError("feature_attention_mask is missing: it says how much of each window is audio.")
         mel_frames = feature_attention_mask.to(torch.int64).sum(-1).cpu()
         windows = torch.ones_like(mel_frames) if windows_per_audio is None else windows_per_audio.cpu()
-        if (
-            len(input_features) != len(mel_frames)
-            or int(windows.sum()) != len(mel_frames)
-            or bool((windows < 1).any())
-        ):
+        total = len(input_features)
+        if not total == len(mel_frames) == int(windows.sum()) or bool((windows < 1).any()):
             raise ValueError(
-                f"windows_per_audio {windows.tolist()} does not share out the {len(input_features)} windows of "
-                f"input_features and {len(mel_frames)} of feature_attention_mask."
+                f"windows_per_audio {windows.tolist()} does not share out the {total} windows of input_features and "
+                f"{len(mel_frames)} of feature_attention_mask."
             )
-        counts = self.audio_tower._get_feat_extract_output_lengths(mel_frames)[1]
+        counts = ((mel_frames - 1) // 2 + 1) // 2
 
         # Windows of similar length are encoded together, so that each costs what its audio costs.
         waiting = counts.argsort(descending=True, stable=True)
@@ -389,7 +396,8 @@ class FastLongSpeechForConditionalGeneration(Qwen2AudioForConditionalGeneration)
     def __init__(self, config: FastLongSpeechConfig) -> None:
         Qwen2AudioPreTrainedModel.__init__(self, config)
         self.model = FastLongSpeechModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text_config = config.get_text_config()
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.post_init()
 
     @classmethod
@@ -399,11 +407,12 @@ class FastLongSpeechForConditionalGeneration(Qwen2AudioForConditionalGeneration)
         A checkpoint without a CTC decoder works at once, untrained: `content_density` becomes `"uniform"`.
         """
         config = kwargs.get("config")
-        if getattr(config, "model_type", None) not in (None, cls.config_class.model_type):
-            kwargs["config"] = cls.config_class.from_dict(config.to_dict())
+        if isinstance(config, PreTrainedConfig) and config.model_type != FastLongSpeechConfig.model_type:
+            kwargs["config"] = FastLongSpeechConfig.from_dict(config.to_dict())
         kwargs["key_mapping"] = KEY_MAPPING | (kwargs.get("key_mapping") or {})
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        parent: Any = super()
+        model, info = parent.from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model._weight_conversions = []  # it is saved under the names it has, not under those it came with
         if any("ctc_decoder." in name for name in info["missing_keys"]):
             model.config.content_density = "uniform"
@@ -438,7 +447,7 @@ class FastLongSpeechForConditionalGeneration(Qwen2AudioForConditionalGeneration)
         compression: str | None = None,
         ctc_labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Qwen2AudioCausalLMOutputWithPast:
         """Returns logits and, with labels, the loss; with `ctc_labels` the CTC loss alone.
 
@@ -480,7 +489,7 @@ class FastLongSpeechForConditionalGeneration(Qwen2AudioForConditionalGeneration)
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+                logits=logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size, **kwargs
             )
         return Qwen2AudioCausalLMOutputWithPast(
             loss=loss,
@@ -500,39 +509,43 @@ class FastLongSpeechForConditionalGeneration(Qwen2AudioForConditionalGeneration)
         Raises:
             ValueError: placeholders and recordings do not fit.
         """
+        parent: Any = super()
         audio_inputs = {name: kwargs.pop(name, None) for name in AUDIO_INPUTS}
         if audio_inputs["input_features"] is None:
-            return super().generate(inputs, *args, **kwargs)
+            return parent.generate(inputs, *args, **kwargs)
 
         input_ids = kwargs.pop("input_ids", inputs)
         attention_mask = kwargs.pop("attention_mask", None)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         placeholders = input_ids == self.config.audio_token_id
-        runs = placeholder_runs(
-            placeholders, _recordings(audio_inputs["input_features"], audio_inputs["windows_per_audio"])
-        )
+        runs = placeholder_runs(placeholders, _recordings(**audio_inputs))
         compression = self.model.compression_or_default(audio_inputs["compression"])
-        resize = audio_inputs["target_length"] is not None or compression == "none"
-        if not resize:
-            audio_inputs["target_length"] = runs
-        audio = self.get_audio_features(**audio_inputs)
-        ids = input_ids
-        if resize:
-            ids, attention_mask = resize_placeholders(ids, attention_mask, placeholders, audio.audio_lengths)
-        else:
+        if audio_inputs["target_length"] is None and compression != "none":
+            audio = self.get_audio_features(**(audio_inputs | {"target_length": runs}), return_dict=True)
             check_placeholders(runs, audio.audio_lengths)
+            ids = input_ids
+        else:
+            audio = self.get_audio_features(**audio_inputs, return_dict=True)
+            ids, attention_mask = resize_placeholders(input_ids, attention_mask, placeholders, audio.audio_lengths)
         device = audio.pooler_output.device
-        input_ids, ids, attention_mask = input_ids.to(device), ids.to(device), attention_mask.to(device)
+        ids = ids.to(device)
         inputs_embeds = insert_audio(
             self.get_input_embeddings()(ids), ids == self.config.audio_token_id, audio.pooler_output
         )
-        return super().generate(input_ids, *args, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+        return parent.generate(
+            input_ids.to(device),
+            *args,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask.to(device),
+            **kwargs,
+        )
 
-    def _prepare_generated_length(self, **kwargs: Any) -> Any:
-        """Lets lengths count the caller's ids, where `generate` was given embeddings beside them."""
+    def _prepare_generated_length(self, *args: Any, **kwargs: Any) -> Any:
+        """Lets `max_length` and `min_length` count the caller's ids, with embeddings handed on beside them."""
         if kwargs["input_ids_length"]:
             kwargs["model_input_name"] = "input_ids"
-        return super()._prepare_generated_length(**kwargs)
+        parent: Any = super()
+        return parent._prepare_generated_length(*args, **kwargs)
 
 
 def placeholder_runs(placeholders: Tensor, recordings: int) -> Tensor:
@@ -549,8 +562,8 @@ def placeholder_runs(placeholders: Tensor, recordings: int) -> Tensor:
     runs = run.bincount()
     if len(runs) != recordings:
         raise ValueError(
-            f"The prompts have a place for {len(runs)} recordings (runs of audio placeholders), but the windows belong "
-            f"to {recordings}; give every recording its own run, and windows_per_audio where one has several windows."
+            f"The prompts have {len(runs)} runs of audio placeholders for {recordings} recordings; give every "
+            "recording a run of its own, and pass windows_per_audio where one has several windows."
         )
     return runs
 
@@ -602,7 +615,7 @@ def _run_starts(placeholders: Tensor) -> Tensor:
     return placeholders & ~follows
 
 
-def _recordings(input_features: Tensor, windows_per_audio: Tensor | None) -> int:
+def _recordings(input_features: Tensor, windows_per_audio: Tensor | None = None, **_: Any) -> int:
     return len(input_features if windows_per_audio is None else windows_per_audio)
 
 
