@@ -1,0 +1,406 @@
+"""Both training stages: rows are checked, L follows (seed, step), only what should train does, runs can be resumed."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import sentencepiece
+import soundfile
+import torch
+import yaml
+from accelerate.data_loader import BatchSamplerShard
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
+from transformers import AutoModelForMultimodalLM
+
+from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
+from fastlongspeech.train import ctc, dct
+from fastlongspeech.train.data import DCTCollator, StepSampler, draw_target_length, load_rows
+from fastlongspeech.train.stage import StageTrainer, last_checkpoint, parse_settings
+
+RATE = 16000
+SECONDS = [31.0, 1.0, 1.3, 1.7, 2.0, 2.6]
+TEXTS = ["the cat sat on a hill", "a dog ran", "the mat", "a cat ran over", "the dog sat on", "a hill"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of clips with the manifests `asr.jsonl` and `qa.jsonl`; the first clip has two windows."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "clips").mkdir()
+    noise = np.random.default_rng(0)
+    for number, seconds in enumerate(SECONDS):
+        time = np.arange(round(seconds * RATE)) / RATE
+        clip = 0.3 * np.sin(2 * np.pi * 150 * (number + 1) * time) + noise.normal(scale=0.05, size=time.shape)
+        soundfile.write(folder / "clips" / f"{number}.wav", clip, RATE)
+    clips = [f"clips/{number}.wav" for number in range(len(SECONDS))]
+    write(folder / "asr.jsonl", [{"audio": a, "text": t, "more": 1} for a, t in zip(clips, TEXTS, strict=True)])
+    questions = [{"audio": a, "question": "Who?", "answer": t.split()[1]} for a, t in zip(clips, TEXTS, strict=True)]
+    write(folder / "qa.jsonl", questions)
+    return folder
+
+
+def write(path: Path, rows: list) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def arguments(stage, model: Path, data: Path, output: Path, *more: object) -> list[str]:
+    """Four steps of four rows at a learning rate that shows."""
+    manifest = data / ("asr.jsonl" if stage is ctc else "qa.jsonl")
+    own = ["--vocab_size", 30] if stage is ctc else ["--lora_r", 4, "--lora_dropout", 0, "--target_lengths", 9, 5, 2]
+    settings = ["--model", model, "--train_data", manifest, "--output_dir", output, *own, "--max_steps", 4]
+    settings += ["--per_device_train_batch_size", 4, "--learning_rate", 0.02, "--lr_scheduler_type", "constant"]
+    settings += ["--optim", "sgd", "--use_cpu", "--disable_tqdm", "true", "--save_strategy", "no", *more]
+    return [str(setting) for setting in settings]
+
+
+def trained(stage, model: Path, data: Path, output: Path, *more: object) -> dict[str, torch.Tensor]:
+    """The weights a run ends with."""
+    stage.main(arguments(stage, model, data, output, *more))
+    return load_file(output / "model.safetensors")
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+# Rows
+
+
+def test_a_manifest_names_recordings_from_its_own_folder_and_may_hold_more_than_is_read(data, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    rows = load_rows(data / "asr.jsonl", ("audio", "text"))
+    assert [rows[i] for i in range(len(rows))] == [
+        {"audio": str(data / "clips" / f"{i}.wav"), "text": text} for i, text in enumerate(TEXTS)
+    ]
+    assert rows.durations == pytest.approx(SECONDS)
+
+
+def test_a_datasets_folder_gives_the_same_rows(data, tmp_path):
+    audio = [str(data / "clips" / f"{i}.wav") for i in range(6)]
+    saved = datasets.Dataset.from_dict({"audio": audio, "text": TEXTS}).cast_column("audio", datasets.Audio())
+    saved.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=saved, test=saved.select([0])).save_to_disk(tmp_path / "splits")
+    (tmp_path / "parquet").mkdir()
+    saved.to_parquet(tmp_path / "parquet" / "train.parquet")
+    for source in (tmp_path / "saved", f"{tmp_path / 'splits'}#train", tmp_path / "parquet"):
+        rows = load_rows(source, ("audio", "text"))
+        assert rows.texts("text") == TEXTS and rows.durations == pytest.approx(SECONDS)
+        encoded = rows[3]["audio"]
+        assert (encoded["bytes"] or Path(encoded["path"]).read_bytes()) == Path(audio[3]).read_bytes()
+    with pytest.raises(ValueError, match=r"has the splits train, test.*#train"):
+        load_rows(tmp_path / "splits", ("audio", "text"))
+    with pytest.raises(ValueError, match="has no column question, answer among audio, text"):
+        load_rows(tmp_path / "saved", ("audio", "question", "answer"))
+
+
+def test_every_bad_row_is_named_with_its_line_and_remedy(data, tmp_path):
+    good = {"audio": str(data / "clips" / "1.wav"), "text": "a"}
+    soundfile.write(tmp_path / "short.wav", np.zeros(600), RATE)
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    faults = {
+        "{": "is not JSON .*write one object per line",
+        "[1]": "holds a list; write an object with audio, text",
+        json.dumps({"text": "a"}): "has no 'audio'; it needs audio, text",
+        json.dumps({**good, "text": " "}): "has 'text' = ' '; it must be text that is not empty",
+        json.dumps({**good, "text": 5}): "has 'text' = 5; it must be text",
+        json.dumps({**good, "audio": ["1.wav"]}): "must be the path of one recording",
+        json.dumps({**good, "audio": "nowhere.wav"}): "nowhere.wav, which does not exist; correct the path",
+        json.dumps({**good, "audio": "broken.wav"}): "can't be read .*convert it to wav or flac",
+        json.dumps({**good, "audio": "short.wav"}): "0.037 s; it must last at least 0.04 s",
+    }
+    manifest = write(tmp_path / "bad.jsonl", [good, "", *faults])
+    with pytest.raises(ValueError, match="bad.jsonl has 9 bad rows; correct or remove them") as refusal:
+        load_rows(manifest, ("audio", "text"))
+    named = str(refusal.value).splitlines()[1:]
+    for number, (line, fault) in enumerate(zip(named, faults.values(), strict=True), 3):
+        assert re.fullmatch(f"  line {number} .*{fault}.*", line)
+    with pytest.raises(ValueError, match="has no rows"):
+        load_rows(write(tmp_path / "empty.jsonl", [""]), ("audio", "text"))
+    with pytest.raises(FileNotFoundError, match="no manifest or datasets folder"):
+        load_rows(tmp_path / "nothing.jsonl", ("audio", "text"))
+
+
+# Steps and lengths
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
+def test_every_epoch_holds_every_row_and_fills_its_last_step(strategy):
+    sampler = StepSampler([float(i % 7) for i in range(22)], 4, 0, lambda: 0, strategy)
+    assert len(list(sampler)) == len(sampler) == 24
+    epochs = [sampler.steps_of(epoch) for epoch in range(2)]
+    for steps in epochs:
+        rows = Counter(row for step in steps for row in step)
+        assert set(rows) == set(range(22)) and max(rows.values()) <= 2
+    assert (epochs[0] == epochs[1]) == (strategy == "sequential")
+    assert len(StepSampler([1.0] * 22, 4, 0, lambda: 0, drop_last=True)) == 20
+
+
+def test_group_by_length_puts_rows_of_like_duration_into_a_step():
+    durations = np.random.default_rng(0).uniform(1, 30, 400).tolist()
+    steps = StepSampler(durations, 8, 0, lambda: 0, "group_by_length").steps_of(0)
+    spreads = [max(durations[row] for row in step) - min(durations[row] for row in step) for step in steps]
+    assert max(spreads) < 3
+
+
+@pytest.mark.parametrize("processes, batch", [(1, 4), (1, 2), (2, 2), (2, 1), (4, 1)])
+def test_a_step_has_the_same_rows_however_it_is_divided_and_after_a_resume(processes, batch):
+    taken = 0
+    sampler = StepSampler([1.0] * 10, 4, 5, lambda: taken)
+
+    def steps() -> list[tuple[int, list[int]]]:
+        shards = [BatchSamplerShard(BatchSampler(sampler, batch, False), processes, p) for p in range(processes)]
+        pairs = [pair for batches in zip(*map(list, shards), strict=True) for part in batches for pair in part]
+        return [(step, sorted(row for s, row in pairs if s == step)) for step in sorted({step for step, _ in pairs})]
+
+    first = [(step, sorted(rows)) for step, rows in enumerate(sampler.steps_of(0))]
+    second = [(step, sorted(rows)) for step, rows in enumerate(sampler.steps_of(1), 3)]
+    assert steps() == first
+    taken = 3
+    assert steps() == second
+    taken = 4  # resumed within the second epoch: the Trainer skips the batches already seen
+    assert steps() == second
+
+
+def test_lengths_are_uniform_and_a_function_of_seed_and_step():
+    lengths = [750, 400, 200, 100, 50, 25, 12]
+    draws = [draw_target_length(7, step, lengths) for step in range(7000)]
+    assert all(abs(count - 1000) < 4 * (7000 * 1 / 7 * 6 / 7) ** 0.5 for count in Counter(draws).values())
+    assert set(draws) == set(lengths)
+    assert draws == [draw_target_length(7, step, lengths) for step in range(7000)]
+    assert draws != [draw_target_length(8, step, lengths) for step in range(7000)]
+
+
+def test_the_collator_fuses_a_batch_to_the_length_of_its_step_or_to_the_one_its_rows_carry(data, processor):
+    rows = load_rows(data / "qa.jsonl", ("audio", "question", "answer"))
+    collate = DCTCollator(processor, [9, 5, 2], seed=3)
+    for step in range(5):
+        batch = collate([rows[step, 1], rows[step, 2]])
+        placeholders = (batch["input_ids"] == processor.audio_token_id).sum(1).tolist()
+        assert placeholders == [draw_target_length(3, step, [9, 5, 2])] * 2
+        answers = [ids[ids != -100] for ids in batch["labels"]]
+        assert processor.tokenizer.batch_decode(answers) == ["dog<|im_end|>", "mat<|im_end|>"]
+    fixed = collate([rows.at(7)[1]])
+    assert (fixed["input_ids"] == processor.audio_token_id).sum() == 7
+    assert "Audio 1: <|audio_bos|><|AUDIO|>" in collate.prompt("Who?")
+    assert collate.prompt("Who?").endswith("<|audio_eos|>\nWho?<|im_end|>\n<|im_start|>assistant\n")
+
+
+# Stage 1
+
+
+def test_stage_1_trains_a_fresh_ctc_decoder_alone_and_leaves_a_complete_folder(checkpoint, data, tmp_path, capsys):
+    evaluation = ["--eval_data", data / "asr.jsonl", "--eval_strategy", "steps", "--eval_steps", 4]
+    after = trained(ctc, checkpoint, data, tmp_path / "out", *evaluation)
+    before = load_file(checkpoint / "model.safetensors")
+    assert changed(before, after) == {name for name in before if ".ctc_decoder." in name}
+
+    model = AutoModelForMultimodalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    processor = FastLongSpeechProcessor.from_pretrained(tmp_path / "out")
+    assert (model.config.content_density, model.config.ctc_vocab_size, processor.ctc_vocab_size) == ("ctc", 30, 30)
+    assert not hasattr(model.config, "use_cache")
+    inputs = processor(audio=str(data / "clips" / "1.wav"))
+    assert isinstance(processor.ctc_decode(model.ctc_transcribe(**inputs))[0], str)
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert {"eval_loss", "eval_wer"} <= set().union(*log)
+    assert "learning_rate: 0.02\n" in capsys.readouterr().out
+
+
+def test_stage_1_starts_from_a_qwen2_audio_checkpoint(checkpoint, data, tmp_path):
+    model = FastLongSpeechForConditionalGeneration.from_pretrained(checkpoint)
+    vanilla = {k: v for k, v in model.state_dict().items() if ".ctc_decoder." not in k}
+    model.save_pretrained(tmp_path / "vanilla", state_dict=vanilla)
+    FastLongSpeechProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path / "vanilla")
+    trained(ctc, tmp_path / "vanilla", data, tmp_path / "out")
+    assert FastLongSpeechForConditionalGeneration.from_pretrained(tmp_path / "out").config.content_density == "ctc"
+
+
+def test_stage_1_takes_an_existing_vocabulary(checkpoint, ctc_model, data, tmp_path):
+    trained(ctc, checkpoint, data, tmp_path / "out", "--ctc_model", ctc_model)
+    assert (tmp_path / "out" / "ctc.model").read_bytes() == ctc_model.read_bytes()
+
+
+def test_the_vocabulary_is_deterministic_keeps_every_transcript_and_has_the_size_asked_for():
+    texts = ["The CAT sat, on a hill!"] * 5 + ["long " * 2000 + "zebra"]
+    model = ctc.build_vocabulary(texts, 40)
+    assert model == ctc.build_vocabulary(texts, 40)
+    vocabulary = sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert len(vocabulary) == 40
+    assert vocabulary.decode(vocabulary.encode("The CAT, zebra!")) == "The CAT, zebra!"
+    with pytest.raises(ValueError, match="vocab_size 5000 does not fit the transcripts: .* <= "):
+        ctc.build_vocabulary(texts, 5000)
+    with pytest.raises(ValueError, match="vocab_size 3 does not fit the transcripts: .*Increase vocab_size"):
+        ctc.build_vocabulary(texts, 3)
+
+
+def test_a_transcript_longer_than_its_recording_is_refused(checkpoint, data, tmp_path):
+    clip = str(data / "clips" / "1.wav")  # 1 s: 25 frames
+    write(tmp_path / "asr.jsonl", [{"audio": clip, "text": "a dog"}, {"audio": clip, "text": "a cat " * 20}])
+    with pytest.raises(ValueError, match="line 2 has a transcript that needs .* frames, its recording has 25"):
+        ctc.main(arguments(ctc, checkpoint, tmp_path, tmp_path / "out", "--vocab_size", 12))
+
+
+# Stage 2
+
+
+def test_stage_2_trains_lora_on_the_language_model_alone_and_merges_it(checkpoint, data, tmp_path):
+    evaluation = ["--eval_data", data / "qa.jsonl", "--eval_strategy", "steps", "--eval_target_lengths", 9, 2]
+    after = trained(
+        dct, checkpoint, data, tmp_path / "out", *evaluation, "--eval_steps", 4, "--save_strategy", "steps"
+    )
+    before = load_file(checkpoint / "model.safetensors")
+    projections = {n for n in before if re.fullmatch(r"model\.language_model\.layers\..*[qkvo]_proj\.weight", n)}
+    assert len(projections) == 4 and changed(before, after) == projections
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert {"eval_L9_loss", "eval_L2_loss"} <= set().union(*log)
+
+    merged = FastLongSpeechForConditionalGeneration.from_pretrained(tmp_path / "out")
+    base = FastLongSpeechForConditionalGeneration.from_pretrained(checkpoint)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "checkpoint-4").eval()
+    assert merged.config.target_lengths == [9, 5, 2]
+    batch = FastLongSpeechProcessor.from_pretrained(tmp_path / "out")(
+        text="<|audio_bos|><|AUDIO|><|audio_eos|>Who?", audio=str(data / "clips" / "0.wav"), target_length=20
+    )
+    torch.testing.assert_close(merged(**batch).logits, adapted(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+# Both stages
+
+
+@pytest.mark.parametrize("stage", [ctc, dct])
+def test_what_is_frozen_has_no_dropout(stage, checkpoint, data, tmp_path, monkeypatch):
+    modes: set[tuple[str, bool]] = set()
+    forward = FastLongSpeechForConditionalGeneration.forward
+
+    def spy(self, *args, **kwargs):
+        modes.update((name, part.training) for name, part in self.model.named_children())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(FastLongSpeechForConditionalGeneration, "forward", spy)
+    trained(stage, checkpoint, data, tmp_path / "out", "--max_steps", 1)
+    trains = "ctc_decoder" if stage is ctc else "language_model"
+    parts = {"audio_tower", "multi_modal_projector", "language_model", "ctc_decoder"}
+    assert modes == {(part, part == trains) for part in parts}
+
+
+@pytest.mark.parametrize("stage", [ctc, dct])
+def test_accumulation_and_workers_do_not_change_what_is_learnt(stage, checkpoint, data, tmp_path):
+    whole = trained(stage, checkpoint, data, tmp_path / "whole")
+    accumulated = ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4]
+    parts = trained(stage, checkpoint, data, tmp_path / "parts", *accumulated, "--dataloader_num_workers", 2)
+    assert changed(load_file(checkpoint / "model.safetensors"), whole)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [ctc, dct])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(stage, checkpoint, data, tmp_path, monkeypatch, capsys):
+    more = ["--max_steps", 5, "--per_device_train_batch_size", 2, "--save_strategy", "steps", "--save_steps", 1]
+    more += ["--optim", "adamw_torch", *([] if stage is ctc else ["--lora_dropout", 0.3])]
+    whole = trained(stage, checkpoint, data, tmp_path / "whole", *more)
+
+    training_step = StageTrainer.training_step
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == 4:  # within the second epoch of three steps
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    output = tmp_path / "killed"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StageTrainer, "training_step", killed)
+        trained(stage, checkpoint, data, output, *more)
+    shutil.copytree(output / "checkpoint-4", output / "checkpoint-5")
+    (output / "checkpoint-5" / "trainer_state.json").write_text('{"epoch": ')  # killed while it was written
+    assert last_checkpoint(output) == str(output / "checkpoint-4")
+
+    capsys.readouterr()
+    resumed = trained(stage, checkpoint, data, output, *more, "--logging_steps", 1)
+    printed = capsys.readouterr().out
+    assert f"# resuming from {output / 'checkpoint-4'}\n" in printed
+    assert "# logging_steps was None when this run began\n" in printed
+    assert not changed(whole, resumed)
+
+
+@pytest.mark.parametrize("stage", [ctc, dct])
+def test_nothing_is_overwritten(stage, checkpoint, data, tmp_path):
+    trained(stage, checkpoint, data, tmp_path / "out", "--max_steps", 1)
+    with pytest.raises(ValueError, match="already holds a finished model; choose another, or delete it"):
+        trained(stage, checkpoint, data, tmp_path / "out")
+    with pytest.raises(ValueError, match="is not empty and holds no run to resume"):
+        trained(stage, checkpoint, data, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [ctc, dct])
+def test_two_processes_learn_what_one_does_and_can_be_resumed(stage, checkpoint, data, tmp_path):
+    more = ["--max_steps", 4, "--save_strategy", "steps", "--save_steps", 3]  # three is within the second epoch
+    whole = trained(stage, checkpoint, data, tmp_path / "one", *more)
+    output = tmp_path / "two"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", stage.__name__]
+    launch += arguments(stage, checkpoint, data, output, *more, "--per_device_train_batch_size", 2)
+    subprocess.run(launch, check=True)
+    both = load_file(output / "model.safetensors")
+    torch.testing.assert_close(both, whole, rtol=1e-4, atol=1e-5)
+
+    (output / "config.json").unlink()  # as if it had not come to its end
+    shutil.rmtree(output / "checkpoint-4")
+    subprocess.run(launch, check=True)
+    torch.testing.assert_close(load_file(output / "model.safetensors"), both, rtol=0, atol=0)
+
+
+# Settings
+
+
+def test_a_recipe_is_read_and_the_command_line_wins(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: base\ntrain_data: qa.jsonl\noutput_dir: out\nuse_cpu: true\nlearning_rate: 1e-3\n"
+        "target_lengths: [9, 5]\ndisable_tqdm: false\nlr_scheduler_kwargs: {num_cycles: 2}\neval_data: null\n"
+    )
+    settings, training = parse_settings(dct.DCTArguments, [str(recipe), "--target_lengths", "4", "--seed=3"])
+    assert (settings.model, settings.target_lengths, settings.eval_data) == ("base", [4], None)
+    assert (training.learning_rate, training.seed, training.disable_tqdm) == (1e-3, 3, False)
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+@pytest.mark.parametrize(
+    "more, fault",
+    [
+        (["--learnin_rate", "1"], "sets 'learnin_rate', which is no setting; did you mean learning_rate"),
+        (["--lora_r", "1"], "sets 'lora_r', which is no setting"),
+        (["--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        (["--dtype", "bfloat16"], "dtype bfloat16 needs mixed precision; set bf16 or fp16"),
+        (["--save_only_model"], "save_only_model is true, which leaves nothing to resume from"),
+        (["--eval_data", "x.jsonl"], "eval_data is 'x.jsonl' with eval_strategy 'no'; set both"),
+        (["--output_dir", ""], "output_dir is not set"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(more, fault):
+    given = ["--model", "base", "--train_data", "a.jsonl", "--output_dir", "out", "--use_cpu"]
+    with pytest.raises(ValueError, match=fault):
+        parse_settings(ctc.CTCArguments, given + more)
+
+
+def test_an_unknown_name_in_a_recipe_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: base\nlearning-rate: 1\n")
+    with pytest.raises(ValueError, match="recipe.yaml sets 'learning-rate', .* did you mean learning_rate"):
+        parse_settings(ctc.CTCArguments, [str(tmp_path / "recipe.yaml")])
+
+
+@pytest.mark.parametrize("stage, arguments_of", [(ctc, ctc.CTCArguments), (dct, dct.DCTArguments)])
+def test_the_recipes_for_the_7b_model_are_complete_but_for_the_data(stage, arguments_of, monkeypatch):
+    name = stage.__name__.rpartition(".")[2]
+    recipe = Path(stage.__file__).parent / "recipes" / f"{name}-qwen2-audio-7b.yaml"
+    given = yaml.safe_load(recipe.read_text())
+    settings, training = parse_settings(arguments_of, [str(recipe), "--train_data", "a.jsonl", "--use_cpu"])
+    assert {**vars(settings), **training.to_dict()}.items() >= {k: v for k, v in given.items() if v != []}.items()
