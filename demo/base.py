@@ -18,7 +18,7 @@ from .base_join import encode_recordings, fit_projector, train_joined
 from .base_language import train_language_model
 from .base_model import build_model, build_tokenizer
 
-STEPS = {"language": 2400, "encoder": 3000, "join": 1000}
+STEPS = {"language": 1600, "encoder": 3000, "join": 1000}
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen2AudioForConditionalGeneration
 
 from .base_model import QuestionPacker, answer_loss, fit
-from .sentences import TRANSCRIBE, Fact, PassageWriter
+from .sentences import TRANSCRIBE, PassageWriter
 
 
 def train_language_model(
@@ -28,48 +28,41 @@ def train_language_model(
     language_model = torch.nn.ModuleList([model.model.language_model, model.lm_head])
     embedding = model.model.language_model.embed_tokens
 
-    def draw(step: int) -> tuple[list[list[int]], list[list[tuple[str, str]]]]:
-        """Draws passages of about one length, with up to 8 questions each."""
-        rng = random.Random(f"language-{step}")
-        progress = step / steps
-        sentences = (
-            rng.randint(1, 2) if progress < 0.1 else rng.randint(1, 5) if progress < 0.25 else rng.randint(3, 10)
-        )
-        if progress > 0.45 and rng.random() < 0.35:
-            sentences = rng.randint(10, 80)
-        passages, questions = [], []
-        for _ in range(max(3, 240 // (sentences + 5))):
-            kinds = rng.randint(1, 3) if sentences <= 10 else rng.randint(3, 8)
-            writer = PassageWriter(rng, False, rng.uniform(0.5, 0.8), kinds)
-            text = " ".join(writer.add_sentence() for _ in range(sentences))
-            facts: list[Fact] = [fact for fact in writer.passage.facts if fact is not None]
-            facts = rng.sample(facts, min(8, len(facts)))
-            pairs = [(rng.choice(fact.questions()), fact.value) for fact in facts]
-            if not pairs or (sentences <= 10 and rng.random() < 0.15):
-                pairs.append((TRANSCRIBE, text))
-            passages.append(packer.words(text))
-            questions.append(pairs)
-        return passages, questions
-
     def loss_fn(step: int) -> dict[str, torch.Tensor]:
-        passages, questions = draw(step)
-        rng = random.Random(f"spread-{step}")
-        spread, noise = 1.0, 0.0
-        if step / steps > 0.45:
-            longest = max(map(len, passages))
-            spread = rng.uniform(1, min(12, max(1.0, 750 / longest)))
-            noise = rng.uniform(0, 0.5)
-        lengths, embeds = [], []
-        for tokens in passages:
-            frames = max(len(tokens), round(len(tokens) * spread))
-            places = torch.randperm(frames)[: len(tokens)].sort().values
-            level = noise * embedding.weight.detach().std()
-            audio = torch.randn(frames, embedding.weight.shape[1]).to(model.device) * level
-            spoken = embedding(torch.tensor(tokens, device=model.device))
-            audio = audio.index_add(0, places.to(model.device), spoken)
-            embeds.append(audio)
-            lengths.append(frames)
+        rng, progress = random.Random(f"language-{step}"), step / steps
+        sentences, spread = rng.randint(1, 2 if progress < 0.1 else 5), 1.0
+        if progress > 0.3:
+            sentences = rng.randint(3, 10)
+        if progress > 0.6:
+            if rng.random() < 0.35:
+                sentences = rng.randint(10, 80)
+            spread = rng.uniform(1, max(1.0, min(12, 80 / sentences)))
+        positions = 8 * sentences * spread + 14 * min(8, sentences) + 30  # of one passage, about
+        noise = embedding.weight.detach().std() * rng.uniform(0, 0.5) if progress > 0.6 else None
+
+        lengths, embeds, questions = [], [], []
+        for _ in range(max(2, round(3500 / positions))):
+            tokens, pairs = draw(rng, sentences)
+            length = round(len(tokens) * spread)
+            places = torch.randperm(length)[: len(tokens)].sort().values.to(model.device)
+            audio = embedding.weight.new_zeros(length, embedding.weight.shape[1])
+            if noise is not None:
+                audio = torch.randn(audio.shape).to(model.device) * noise
+            embeds.append(audio.index_add(0, places, embedding(torch.tensor(tokens, device=model.device))))
+            lengths.append(length)
+            questions.append(pairs)
         loss, accuracy = answer_loss(model, packer.pack(lengths, questions), torch.cat(embeds))
-        return {"loss": loss, "accuracy": accuracy, "spread": torch.tensor(spread)}
+        return {"loss": loss, "accuracy": accuracy}
+
+    def draw(rng: random.Random, sentences: int) -> tuple[list[int], list[tuple[str, str]]]:
+        """Draws a passage and up to 8 questions: its tokens, and pairs of question and answer."""
+        kinds = rng.randint(1, 3) if sentences <= 10 else rng.randint(3, 8)
+        writer = PassageWriter(rng, False, rng.uniform(0.5, 0.8), kinds)
+        text = " ".join(writer.add_sentence() for _ in range(sentences))
+        facts = [fact for fact in writer.passage.facts if fact is not None]
+        pairs = [(rng.choice(fact.questions()), fact.value) for fact in rng.sample(facts, min(8, len(facts)))]
+        if not pairs or (sentences <= 10 and rng.random() < 0.15):
+            pairs.append((TRANSCRIBE, text))
+        return packer.words(text), pairs
 
     fit("language", folder, language_model, loss_fn, steps, learning_rate)

@@ -198,13 +198,7 @@ def fit(
     alone, so a run that was killed goes on as if it had not been. Metrics land in ``folder/NAME.jsonl``.
     """
     parameters = [p for p in modules.parameters() if p.requires_grad]
-    # Rows of an embedding are updated rarely; at the full rate AdamW shakes them more than they learn.
-    embeddings = [m.weight for m in modules.modules() if isinstance(m, nn.Embedding) and m.weight.requires_grad]
-    others = [p for p in parameters if all(p is not embedding for embedding in embeddings)]
-    groups: list[dict] = [{"params": others}]
-    if embeddings:
-        groups.append({"params": embeddings, "lr": learning_rate * 0.2})
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10), steps)
     checkpoint, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
     start = 0

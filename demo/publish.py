@@ -52,8 +52,9 @@ print(processor.batch_decode(answer, skip_special_tokens=True)[0])
 
 ## Held-out figures
 
-Sentences, passages and seeds never trained on; greedy answers, exact after Whisper's normaliser; `python -m
-fastlongspeech.demo.evaluate checkpoints/fastlongspeech-demo work/corpus`, torch {torch}, transformers {transformers}, CPU.
+Sentences, passages and seeds never trained on; greedy answers, exact after Whisper's normaliser. Made by
+`python -m fastlongspeech.demo.evaluate checkpoints/fastlongspeech-demo work/corpus`, with torch {torch} and
+transformers {transformers} on a CPU.
 `test`: clips of 8 to 29 s; `unheard`: the same with names or values that training never speaks; `long`: recordings of
 1 to 4 minutes. L = all: every frame. "wrong recording" and "no audio" are the baselines.
 
