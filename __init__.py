@@ -4,11 +4,18 @@ Importing the package registers its classes with transformers' Auto classes, so 
 `trust_remote_code`.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
+import sys
 
-from .configuration_fastlongspeech import FastLongSpeechConfig
-from .modeling_fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechModel
-from .processing_fastlongspeech import FastLongSpeechProcessor, load_recording
+try:
+    from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
+
+    from .configuration_fastlongspeech import FastLongSpeechConfig
+    from .modeling_fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechModel
+    from .processing_fastlongspeech import FastLongSpeechProcessor, load_recording
+except KeyboardInterrupt:
+    if hasattr(sys, "ps1"):
+        raise
+    sys.exit(130)  # Ctrl-C while torch loads: commands leave quietly
 
 __all__ = [
     "FastLongSpeechConfig",

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import torch
 from tokenizers import pre_tokenizers
 from transformers import Qwen2Tokenizer, WhisperFeatureExtractor
 
-from fastlongspeech import FastLongSpeechProcessor
+from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"]
 
@@ -44,3 +45,38 @@ def ctc_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def processor(tokenizer: Qwen2Tokenizer, ctc_model: Path) -> FastLongSpeechProcessor:
     """80 mel bins, the tiny tokenizer and SentencePiece model."""
     return FastLongSpeechProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer, ctc_model=str(ctc_model))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tokenizer: Qwen2Tokenizer, ctc_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a complete FastLongSpeech of 30 thousand random parameters, with the processor above."""
+    processor = FastLongSpeechProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer, ctc_model=str(ctc_model))
+    torch.manual_seed(0)
+    model = FastLongSpeechForConditionalGeneration(
+        FastLongSpeechConfig(
+            audio_config={
+                "num_mel_bins": 80,
+                "d_model": 16,
+                "encoder_layers": 1,
+                "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 32,
+            },
+            text_config={
+                "model_type": "qwen2",
+                "vocab_size": len(tokenizer),
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "pad_token_id": tokenizer.pad_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+            },
+            audio_token_id=processor.audio_token_id,
+            ctc_vocab_size=processor.ctc_vocab_size,
+        )
+    )
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

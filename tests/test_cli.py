@@ -1,0 +1,132 @@
+"""The command prints answers on stdout, and what they cost on stderr."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor, cli, load_recording
+
+QUESTION = "Where does Anna live?"
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A stereo file of 31 s at 8 kHz and one of 2 s."""
+    folder = tmp_path_factory.mktemp("recordings")
+    noise = np.random.default_rng(0).normal(scale=0.1, size=(31 * 8000, 2))
+    soundfile.write(folder / "long.flac", noise, 8000)
+    soundfile.write(folder / "short.wav", noise[: 2 * 8000, 0], 8000)
+    return [str(folder / "long.flac"), str(folder / "short.wav")]
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def python(checkpoint: Path, turns: list[str], length: int = 750) -> str:
+    """The answer to QUESTION by the documented Python calls, 8 tokens long."""
+    processor = FastLongSpeechProcessor.from_pretrained(checkpoint)
+    model = FastLongSpeechForConditionalGeneration.from_pretrained(checkpoint)
+    parts = [{"type": "audio", "path": path} for path in turns] + [{"type": "text", "text": QUESTION}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": parts}],
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        target_length=length,
+    )
+    ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_ask_prints_the_answer_and_what_it_cost(checkpoint, recordings, capsys):
+    assert run("ask", *recordings, QUESTION, "--model", checkpoint, "--target-length", 20, "--max-new-tokens", 8) == 0
+    out, err = capsys.readouterr()
+    assert out.strip() == python(checkpoint, recordings, 20)
+    assert f"{recordings[0]}: 31.0 s, 2 windows, 775 frames -> 20 tokens\n" in err
+    assert f"{recordings[1]}: 2.0 s, 1 window, 50 frames -> 20 tokens\n" in err
+    assert re.search(
+        r"^loading [\d.]+ s, reading [\d.]+ s, listening [\d.]+ s, answering [\d.]+ s$", err, re.MULTILINE
+    )
+
+
+def test_ask_as_json(checkpoint, recordings, capsys):
+    assert run("ask", recordings[0], QUESTION, "--model", checkpoint, "--json", "--max-new-tokens", 8) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer.pop("seconds").keys() == {"loading", "reading", "listening", "answering"}
+    assert answer == {
+        "answer": python(checkpoint, recordings[:1]),
+        "question": QUESTION,
+        "recordings": [{"path": recordings[0], "seconds": 31.0, "windows": 2, "frames": 775, "tokens": 750}],
+    }
+
+
+def test_transcribe_asks_about_every_window(checkpoint, recordings, capsys):
+    command = ["transcribe", recordings[0], "--model", checkpoint, "--max-new-tokens", 8, "--device", "cpu"]
+    assert run(*command, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [(window["start"], window["end"]) for window in result["windows"]] == [(0, 30), (30, 31)]
+    assert result["text"] == " ".join(window["text"] for window in result["windows"])
+    assert result["recordings"][0]["tokens"] == 775
+    assert run(*command, "--dtype", "float32") == 0
+    assert capsys.readouterr().out == "".join(window["text"] + "\n" for window in result["windows"])
+
+
+def test_transcribe_by_the_ctc_decoder(checkpoint, recordings, capsys):
+    assert run("transcribe", recordings[0], "--ctc", "--model", checkpoint) == 0
+    processor = FastLongSpeechProcessor.from_pretrained(checkpoint)
+    model = FastLongSpeechForConditionalGeneration.from_pretrained(checkpoint)
+    inputs = processor(audio=load_recording(recordings[0]), sampling_rate=16000)
+    out, err = capsys.readouterr()
+    assert out == processor.ctc_decode(model.ctc_transcribe(**inputs))[0] + "\n"
+    assert "31.0 s, 2 windows, 775 frames\n" in err
+
+
+def test_an_answer_that_was_stopped_is_said_to_be(checkpoint, recordings, capsys):
+    run("ask", recordings[1], QUESTION, "--model", checkpoint, "--max-new-tokens", 1)
+    assert "it was stopped after 1 tokens (--max-new-tokens)" in capsys.readouterr().err
+
+
+def test_without_a_model_the_command_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "DEMO_MODEL", tmp_path)
+    assert run("ask", "a.wav", QUESTION) == 1
+    assert "an installed package carries no weights; pass --model" in capsys.readouterr().err
+    assert run("ask", "a.wav", QUESTION, "--model", tmp_path / "none") == 1
+    assert "none is no folder" in capsys.readouterr().err
+
+
+def test_errors_are_one_sentence(checkpoint, capsys):
+    assert run("ask", "missing.wav", QUESTION, "--model", checkpoint) == 1
+    assert capsys.readouterr() == ("", "fastlongspeech: audio file not found: missing.wav\n")
+    assert run("ask", "missing.wav", QUESTION, "--model", checkpoint, "--device", "abacus") == 1
+    assert "fastlongspeech: --device abacus cannot be used here" in capsys.readouterr().err
+
+
+def test_options_without_meaning_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        run("transcribe", "a.wav", "--ctc", "--target-length", 5)
+    assert "--ctc reads every frame" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_quietly(checkpoint, recordings):
+    command = [sys.executable, "-m", "fastlongspeech", "ask", recordings[0], QUESTION, "--model", str(checkpoint)]
+    process = subprocess.Popen(
+        [*command, "--max-new-tokens", "100000"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().endswith("775 frames -> 750 tokens\n")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
