@@ -345,7 +345,8 @@ def test_two_processes_learn_what_one_does_and_can_be_resumed(stage, checkpoint,
     more = ["--max_steps", 4, "--save_strategy", "steps", "--save_steps", 3]  # three is within the second epoch
     whole = trained(stage, checkpoint, data, tmp_path / "one", *more)
     output = tmp_path / "two"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    # --multi_gpu starts the processes; the Trainer's use_cpu keeps them on the CPU (--cpu alone would need MPI)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", stage.__name__]
     launch += arguments(stage, checkpoint, data, output, *more, "--per_device_train_batch_size", 2)
     subprocess.run(launch, check=True)
