@@ -68,7 +68,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     transcribe_parser.set_defaults(run=transcribe)
 
     arguments = parser.parse_args(argv)
-    if getattr(arguments, "ctc", False) and (arguments.target_length or arguments.max_new_tokens):
+    if getattr(arguments, "ctc", False) and (arguments.target_length, arguments.max_new_tokens) != (None, None):
         transcribe_parser.error("--ctc reads every frame: --target-length and --max-new-tokens have no meaning.")
     return arguments
 
@@ -79,7 +79,8 @@ class Session:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.seconds: dict[str, float] = {}
         self.json = arguments.json
-        self.options = {"max_new_tokens": arguments.max_new_tokens or MAX_NEW_TOKENS, "do_sample": False}
+        longest = MAX_NEW_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens
+        self.options = {"max_new_tokens": longest, "do_sample": False}
         self.target_length = arguments.target_length
         source = arguments.model
         if source is not None and source.startswith((".", "/", "~")) and not Path(source).is_dir():
@@ -138,8 +139,9 @@ class Session:
         heard = streamer.first_token_at or end
         for part, seconds in (("listening", heard - start), ("answering", end - heard)):
             self.seconds[part] = self.seconds.get(part, 0) + seconds
-        if len(ids) == self.options["max_new_tokens"]:
-            print(f"the answer may go on: it was stopped after {len(ids)} tokens (--max-new-tokens)", file=sys.stderr)
+        longest, ends = self.options["max_new_tokens"], self.model.generation_config.eos_token_id
+        if len(ids) == longest and ids[-1] not in torch.tensor(ends).to(ids):
+            print(f"the answer may go on: it reached --max-new-tokens {longest}", file=sys.stderr)
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     @contextlib.contextmanager

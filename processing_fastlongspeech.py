@@ -76,8 +76,8 @@ def load_recording(audio: Any, sampling_rate: float | None = None, target_rate: 
     Args:
         audio: a path, an http(s) URL or the bytes of an audio file (anything soundfile reads; anything else where
             ffmpeg is installed); an array, tensor or list of samples, `(n,)`, `(channels, n)` or `(n, channels)`,
-            floating point or uint8/int16/int32 PCM; `{"array": ..., "sampling_rate": ...}`; or
-            `{"bytes": ..., "path": ...}`.
+            floating point or uint8/int16/int32 PCM; `{"array": ..., "sampling_rate": ...}`; or what `datasets` hands
+            out, `{"bytes": ..., "path": ...}` or a decoder of torchcodec.
         sampling_rate: hertz of an array that does not bring its own rate; files have theirs. An array without any is
             taken as `target_rate`, with a warning.
         target_rate: hertz of the result.
@@ -89,7 +89,10 @@ def load_recording(audio: Any, sampling_rate: float | None = None, target_rate: 
             is no positive number.
     """
     name = str(audio) if isinstance(audio, (str, os.PathLike)) else type(audio).__name__
-    if isinstance(audio, Mapping):
+    if hasattr(audio, "get_all_samples"):
+        decoded = audio.get_all_samples()
+        audio, sampling_rate = decoded.data, decoded.sample_rate
+    elif isinstance(audio, Mapping):
         if audio.get("array") is not None:
             sampling_rate = audio["sampling_rate"] if audio.get("sampling_rate") is not None else sampling_rate
             audio = audio["array"]

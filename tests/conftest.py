@@ -1,6 +1,8 @@
 """What several test files share: tiny builders."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -72,7 +74,7 @@ def checkpoint(tokenizer: Qwen2Tokenizer, ctc_model: Path, tmp_path_factory: pyt
                 "pad_token_id": tokenizer.pad_token_id,
                 "eos_token_id": tokenizer.eos_token_id,
             },
-            audio_token_id=processor.audio_token_id,
+            audio_token_index=processor.audio_token_id,
             ctc_vocab_size=processor.ctc_vocab_size,
         )
     )
@@ -80,3 +82,87 @@ def checkpoint(tokenizer: Qwen2Tokenizer, ctc_model: Path, tmp_path_factory: pyt
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+AUDIO_TOKEN = 90
+MEL_BINS = 8
+
+
+def tiny_config(**fields: Any) -> dict[str, Any]:
+    """The fields of a two-layer model whose language model tells 100 tokens apart; large weights, so that no two tie."""
+    return {
+        "audio_config": {
+            "model_type": "qwen2_audio_encoder",
+            "num_mel_bins": MEL_BINS,
+            "d_model": 16,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 32,
+            "initializer_range": 0.3,
+        },
+        "text_config": {
+            "model_type": "qwen2",
+            "vocab_size": 100,
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.3,
+            "pad_token_id": 0,
+        },
+        "audio_token_index": AUDIO_TOKEN,
+        **fields,
+    }
+
+
+@pytest.fixture
+def make_model() -> Callable[..., FastLongSpeechForConditionalGeneration]:
+    """Makes a tiny random model, always the same, with the configuration's fields given."""
+
+    def make(**fields: Any) -> FastLongSpeechForConditionalGeneration:
+        torch.manual_seed(0)
+        config = FastLongSpeechConfig(**tiny_config(**({"ctc_vocab_size": 12} | fields)))
+        model = FastLongSpeechForConditionalGeneration(config).eval()
+        model.generation_config.eos_token_id = None
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_audio() -> Callable[..., dict[str, torch.Tensor]]:
+    """Makes the windows of recordings, each given by the mel frames (10 ms) of its windows."""
+
+    def make(*recordings: Sequence[int], seed: int = 0) -> dict[str, torch.Tensor]:
+        mel_frames = torch.tensor([n for recording in recordings for n in recording])
+        generator = torch.Generator().manual_seed(seed)
+        # Slow changes and noise; different in every recording, and not zero in the padding.
+        steps = torch.randn(len(mel_frames), MEL_BINS, 3000 // 20, generator=generator).repeat_interleave(20, dim=2)
+        return {
+            "input_features": steps + 0.3 * torch.randn(steps.shape, generator=generator),
+            "feature_attention_mask": (torch.arange(3000) < mel_frames[:, None]).long(),
+            "windows_per_audio": torch.tensor([len(recording) for recording in recordings]),
+        }
+
+    return make
+
+
+@pytest.fixture
+def make_prompts() -> Callable[..., dict[str, torch.Tensor]]:
+    """Makes prompts, left padded: every number is a recording's placeholders, with text around it."""
+
+    def make(*prompts: Sequence[int]) -> dict[str, torch.Tensor]:
+        rows = []
+        for number, recordings in enumerate(prompts):
+            ids = [10 + number, 11]
+            for placeholders in recordings:
+                ids += [5] + [AUDIO_TOKEN] * placeholders + [6]
+            rows.append(torch.tensor(ids + [20 + number, 7]))
+        width = max(len(row) for row in rows)
+        return {
+            "input_ids": torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows]),
+            "attention_mask": torch.stack([(torch.arange(width) >= width - len(row)).long() for row in rows]),
+        }
+
+    return make

@@ -9,6 +9,7 @@ import subprocess
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -113,6 +114,12 @@ def test_all_rows_of_a_datasets_column_are_recordings(processor, wav):
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_dict({"audio": [str(wav)] * 2}).cast_column("audio", datasets.Audio(decode=False))
     assert processor(audio=table["audio"])["windows_per_audio"].tolist() == [1, 1]
+
+
+def test_a_torchcodec_decoder_is_a_recording():
+    decoder = Mock(spec=["get_all_samples"])
+    decoder.get_all_samples.return_value = Mock(data=torch.from_numpy(speech(1.5, 8000))[None], sample_rate=8000)
+    assert np.array_equal(load_recording(decoder), load_recording(speech(1.5, 8000), 8000))
 
 
 @pytest.mark.parametrize("suffix", ["flac", "ogg", "mp3", "aiff", "au"])
