@@ -303,8 +303,11 @@ class FastLongSpeechProcessor(ProcessorMixin):
         """
         if "audios" in kwargs:
             raise ValueError("audios= is not an argument of FastLongSpeechProcessor; pass the recordings as audio=...")
-        if text is None and audio is None:
+        recordings = [] if audio is None else _flatten(audio)
+        if text is None and not recordings:
             raise ValueError("pass text, audio or both, got neither.")
+        if text is None and answers is not None:
+            raise ValueError("answers need the prompts they answer; pass them as text.")
         text = [text] if isinstance(text, str) else text
         if text is not None and not all(isinstance(prompt, str) for prompt in text):
             raise TypeError("text must be a string or a list of strings.")
@@ -319,7 +322,6 @@ class FastLongSpeechProcessor(ProcessorMixin):
         options = {**TOKENIZER_DEFAULTS, **merged["text_kwargs"]}
         return_tensors = options.pop("return_tensors")
 
-        recordings = [] if audio is None else _flatten(audio)
         placeholders = [] if text is None else self._count_placeholders(text)
         if text is not None and sum(placeholders) != len(recordings):
             raise ValueError(

@@ -473,8 +473,11 @@ def test_a_target_length_that_is_no_positive_integer_is_refused(processor, lengt
 def test_other_arguments_that_are_refused(processor):
     with pytest.raises(ValueError, match="audios= is not an argument .* audio="):
         processor(text=PROMPT, audios=[speech(1)])
-    with pytest.raises(ValueError, match="got neither"):
-        processor()
+    for nothing in (None, []):
+        with pytest.raises(ValueError, match="got neither"):
+            processor(audio=nothing)
+    with pytest.raises(ValueError, match="answers need the prompts"):
+        processor(audio=speech(1), sampling_rate=RATE, answers="yes")
     with pytest.raises(ValueError, match='compression must be "iterative_fusion" or "none", got "?\'mean\''):
         processor(text=PROMPT, audio=speech(1), sampling_rate=RATE, compression="mean")
     with pytest.raises(TypeError, match="text must be a string or a list of strings"):
