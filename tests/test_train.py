@@ -302,6 +302,26 @@ def test_accumulation_and_workers_do_not_change_what_is_learnt(stage, checkpoint
 
 
 @pytest.mark.parametrize("stage", [ctc, dct])
+def test_frozen_weights_may_be_bfloat16_while_what_trains_is_float32(stage, checkpoint, data, tmp_path, monkeypatch):
+    seen: set[tuple[bool, torch.dtype]] = set()
+    training_step = StageTrainer.training_step
+
+    def spy(self, model, *args, **kwargs):
+        seen.update((weight.requires_grad, weight.dtype) for weight in model.parameters())
+        return training_step(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(StageTrainer, "training_step", spy)
+    more = ["--dtype", "bfloat16", "--bf16", *([] if stage is ctc else ["--gradient_checkpointing"])]
+    after = trained(stage, checkpoint, data, tmp_path / "out", *more)
+    assert seen == {(False, torch.bfloat16), (True, torch.float32)}
+    assert {weight.dtype for weight in after.values()} == {torch.bfloat16}
+    assert all(weight.isfinite().all() for weight in after.values())
+    before = {name: weight.bfloat16() for name, weight in load_file(checkpoint / "model.safetensors").items()}
+    trains = "ctc_decoder" if stage is ctc else "language_model"
+    assert changed(before, after) and all(trains in name for name in changed(before, after))
+
+
+@pytest.mark.parametrize("stage", [ctc, dct])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(stage, checkpoint, data, tmp_path, monkeypatch, capsys):
     more = ["--max_steps", 5, "--per_device_train_batch_size", 2, "--save_strategy", "steps", "--save_steps", 1]
     more += ["--optim", "adamw_torch", *([] if stage is ctc else ["--lora_dropout", 0.3])]

@@ -134,7 +134,7 @@ def open_run(settings: StageArguments, training: TrainingArguments) -> str | Non
     if training.process_index == 0:
         print(yaml.safe_dump(resolved, sort_keys=False).rstrip(), flush=True)
         print(f"# resuming from {checkpoint}" if checkpoint else "# a new run", flush=True)
-        if begun:
+        if checkpoint and begun:
             before = yaml.safe_load((output / SETTINGS).read_text(encoding="utf-8"))
             for name in sorted({*before, *resolved}):
                 if before.get(name) != resolved.get(name):
