@@ -129,6 +129,10 @@ class FastLongSpeechCTCDecoder(nn.Module):
             figures = [reduce(F.linear(chunk, weight, bias)) for chunk in chunks]
         return torch.cat(figures).view(hidden_states.shape[:-1])
 
+    def train(self, mode: bool = True) -> "FastLongSpeechCTCDecoder":
+        self._product = None  # fused optimizers change weights without a trace
+        return super().train(mode)
+
     @torch.no_grad()
     def _multiplied(self, projector: nn.Linear) -> tuple[Tensor, Tensor]:
         """Both maps as one, multiplied again only where a weight has changed."""
