@@ -215,6 +215,25 @@ def test_stage_1_trains_a_fresh_ctc_decoder_alone_and_leaves_a_complete_folder(c
     assert "learning_rate: 0.02\n" in capsys.readouterr().out
 
 
+def test_evaluation_transcribes_with_the_weights_of_the_moment(checkpoint, data, tmp_path, monkeypatch):
+    found: list[list[list[int]]] = []
+    prediction_step = ctc.CTCTrainer.prediction_step
+
+    def spy(self, *args, **kwargs):
+        loss, ids, labels = prediction_step(self, *args, **kwargs)
+        found.append([row[row >= 0].tolist() for row in ids])
+        return loss, ids, labels
+
+    monkeypatch.setattr(ctc.CTCTrainer, "prediction_step", spy)
+    more = ["--eval_data", data / "asr.jsonl", "--eval_strategy", "steps", "--eval_steps", 2]
+    trained(ctc, checkpoint, data, tmp_path / "out", *more, "--optim", "adamw_torch_fused", "--learning_rate", 0.5)
+    model = FastLongSpeechForConditionalGeneration.from_pretrained(tmp_path / "out")
+    clips = [str(data / "clips" / f"{number}.wav") for number in range(len(SECONDS))]
+    inputs = FastLongSpeechProcessor.from_pretrained(tmp_path / "out")(audio=clips)
+    assert len(found) == 2 and found[0] != found[1]
+    assert found[1] == model.ctc_transcribe(**inputs)
+
+
 def test_stage_1_starts_from_a_qwen2_audio_checkpoint(checkpoint, data, tmp_path):
     model = FastLongSpeechForConditionalGeneration.from_pretrained(checkpoint)
     vanilla = {k: v for k, v in model.state_dict().items() if ".ctc_decoder." not in k}
