@@ -89,7 +89,7 @@ MEL_BINS = 8
 
 
 def tiny_config(**fields: Any) -> dict[str, Any]:
-    """The fields of a two-layer model whose language model tells 100 tokens apart; large weights, so that no two tie."""
+    """The fields of a two-layer model with a vocabulary of 100; large weights, so that no two logits tie."""
     return {
         "audio_config": {
             "model_type": "qwen2_audio_encoder",
