@@ -1,0 +1,431 @@
+"""The model: checkpoints it reads, recordings it joins, what trains; generation has a file of its own."""
+
+import copy
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_config
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
+from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, modeling_fastlongspeech
+
+Model = FastLongSpeechForConditionalGeneration
+Inputs = dict[str, Tensor]
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def model(make_model: Make) -> Model:
+    return make_model()
+
+
+@pytest.fixture
+def stock() -> Qwen2AudioForConditionalGeneration:
+    """Qwen2-Audio as transformers has it, of the same size as `model`."""
+    torch.manual_seed(1)
+    return Qwen2AudioForConditionalGeneration(Qwen2AudioConfig(**tiny_config())).eval()
+
+
+def to_old_names(folder: Path) -> None:
+    """Rewrites a checkpoint with the names that transformers gave Qwen2-Audio's parameters before 5.0."""
+    weights = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        name = name.removeprefix("model.")
+        if name.startswith("lm_head."):
+            name = f"language_model.{name}"
+        elif name.startswith("language_model.") and not name.startswith(
+            ("language_model.model.", "language_model.lm")
+        ):
+            name = name.replace("language_model.", "language_model.model.", 1)
+        weights[name] = tensor
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def stock_frames(stock: Qwen2AudioForConditionalGeneration, audio: Inputs) -> list[Tensor]:
+    """Every window's valid frames before the last LayerNorm, by the stock encoder at 30 s with padding masked."""
+    tower = stock.model.audio_tower
+    before_norm: list[Tensor] = []
+    hook = tower.layer_norm.register_forward_pre_hook(lambda _, args: before_norm.append(args[0]))
+    frames = []
+    for features, mask in zip(audio["input_features"], audio["feature_attention_mask"], strict=True):
+        conv_frames, count = tower._get_feat_extract_output_lengths(mask.sum())
+        bias = torch.zeros(1, 1, 1500, 1500).masked_fill(torch.arange(1500) >= conv_frames, -torch.inf)
+        tower(features[None], attention_mask=bias)
+        frames.append(before_norm.pop()[0, :count])
+    hook.remove()
+    return frames
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("layout", ["as saved", "old names"])
+def test_a_stock_checkpoint_loads_and_gives_identical_logits(
+    stock: Qwen2AudioForConditionalGeneration, make_audio: Make, make_prompts: Make, tmp_path: Path, layout: str
+) -> None:
+    stock.save_pretrained(tmp_path)
+    if layout == "old names":
+        to_old_names(tmp_path)
+    model, info = Model.from_pretrained(tmp_path, output_loading_info=True)
+    assert all(name.startswith("model.ctc_decoder.") for name in info["missing_keys"])
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert model.config.model_type == "fastlongspeech"
+
+    audio = make_audio([3000], [517])
+    inputs = {k: v for k, v in audio.items() if k != "windows_per_audio"} | make_prompts([750], [129])
+    with torch.no_grad():
+        ours = model(**inputs, compression="none").logits
+        torch.testing.assert_close(ours, stock(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_without_ctc_decoder_fuses_uniformly_and_says_so(
+    stock: Qwen2AudioForConditionalGeneration,
+    make_audio: Make,
+    make_prompts: Make,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stock.save_pretrained(tmp_path)
+    warnings: list[str] = []
+    monkeypatch.setattr(modeling_fastlongspeech.logger, "warning", warnings.append)
+    model = Model.from_pretrained(tmp_path)
+    assert "content_density is set to 'uniform'" in warnings[0]
+    assert model.config.content_density == "uniform"
+    audio = make_audio([3000, 3000, 100])
+    assert model.generate(**audio, **make_prompts([1]), target_length=20, max_new_tokens=2).shape[1] == 9
+    with pytest.raises(ValueError, match="not trained and can't transcribe"):
+        model.ctc_transcribe(**audio)
+
+    # Saved and loaded again it stays what it was, and the warning does not come back.
+    model.save_pretrained(tmp_path / "ours")
+    again, info = Model.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values()) and len(warnings) == 1
+    assert again.config.content_density == "uniform"
+    assert set(load_file(tmp_path / "ours" / "model.safetensors")) == set(model.state_dict())
+
+
+def test_a_stock_configuration_object_is_translated(stock: Qwen2AudioForConditionalGeneration, tmp_path: Path) -> None:
+    stock.save_pretrained(tmp_path)
+    model = Model.from_pretrained(tmp_path, config=Qwen2AudioConfig.from_pretrained(tmp_path))
+    assert model.config.model_type == "fastlongspeech"
+
+
+def test_saving_keeps_everything(model: Model, make_audio: Make, make_prompts: Make, tmp_path: Path) -> None:
+    inputs = make_audio([400]) | make_prompts([20])
+    model.save_pretrained(tmp_path)
+    again = Model.from_pretrained(tmp_path)
+    assert again.config.content_density == "ctc"
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    assert {
+        "model.ctc_decoder.projector.weight",
+        "model.ctc_decoder.projector.bias",
+        "model.ctc_decoder.linear.weight",
+    } == {name for name in model.state_dict() if "ctc_decoder" in name}
+
+
+def test_reset_ctc_decoder(model: Model) -> None:
+    model.model.reset_ctc_decoder(31)
+    assert model.config.ctc_vocab_size == 31 and model.config.content_density == "uniform"
+    assert model.model.ctc_decoder.linear.weight.shape == (32, 24)
+    assert 0.2 < float(model.model.ctc_decoder.linear.weight.std()) < 0.4  # initializer_range
+
+
+def test_offloaded_parts(model: Model, make_audio: Make, make_prompts: Make, tmp_path: Path) -> None:
+    inputs = make_audio([400]) | make_prompts([20])
+    model.save_pretrained(tmp_path / "model")
+    expected = model(**inputs).logits
+    parts = {name: "disk" for name in ("model.audio_tower", "model.ctc_decoder", "model.language_model")}
+    device_map = {"model.multi_modal_projector": "cpu", "lm_head": "cpu"} | parts
+    offloaded = Model.from_pretrained(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload")
+    torch.testing.assert_close(offloaded(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    assert len(offloaded.ctc_transcribe(**make_audio([400]))) == 1
+
+
+# Recordings
+
+
+@pytest.mark.parametrize("windows_per_batch", [1, 3, 8])
+def test_windows_of_any_length_are_encoded_as_the_stock_encoder_does(
+    model: Model, stock: Qwen2AudioForConditionalGeneration, make_audio: Make, windows_per_batch: int
+) -> None:
+    """Odd lengths, a full window, and partial windows that are not the last of their recording."""
+    model.model.audio_tower.load_state_dict(stock.model.audio_tower.state_dict())
+    model.config.windows_per_batch = windows_per_batch
+    audio = make_audio([5], [503, 1001], [3000, 4, 7], [2999], [3], [2998, 258])
+    with torch.no_grad():
+        frames, _, lengths = model.model._encode(**audio)
+        expected = stock_frames(stock, audio)
+    counts = [len(window) for window in expected]
+    assert counts == [1, 126, 250, 750, 1, 2, 750, 1, 749, 64]
+    assert lengths.tolist() == [1, 376, 753, 750, 1, 813]
+    torch.testing.assert_close(frames, torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_window_reads_no_more_than_its_audio(
+    model: Model, make_audio: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[int, ...]] = []
+    layer = model.model.audio_tower.layers[0]
+    layer.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape[:2])))
+    model.get_audio_features(**make_audio([500], [3000], [490], [2000, 20]))
+    assert sorted(read) == [(1, 10), (2, 250), (2, 1500)]
+
+
+@pytest.mark.parametrize(
+    ("mels", "frames"), [([2900], 725), ([3000], 750), ([3000, 100], 775), ([3000, 3000, 100], 1525), ([3], 1)]
+)
+def test_lengths_and_spans_of_recordings(model: Model, make_audio: Make, mels: list[int], frames: int) -> None:
+    audio = make_audio(mels)
+    everything = model.get_audio_features(**audio, compression="none")
+    assert everything.audio_lengths.tolist() == [frames]
+    assert everything.pooler_output.shape == (frames, 24)
+    starts = 0.04 * torch.arange(frames)
+    torch.testing.assert_close(everything.spans, torch.stack((starts, starts + 0.04), 1), rtol=0, atol=1e-4)
+
+    for target_length in (1, 100, frames, 5000):
+        fused = model.get_audio_features(**audio, target_length=target_length)
+        kept = min(frames, target_length)
+        assert fused.audio_lengths.tolist() == [kept] and fused.spans.dtype == torch.float32
+        assert torch.equal(fused.spans[1:, 0], fused.spans[:-1, 1])
+        torch.testing.assert_close(fused.spans[[0, -1], [0, 1]], torch.tensor([0.0, 0.04 * frames]))
+        if kept == frames:
+            assert torch.equal(fused.pooler_output, everything.pooler_output)
+
+
+def test_spans_skip_the_padding_of_inner_windows(model: Model, make_audio: Make) -> None:
+    """530 mel frames are 132 frames; the second window begins after 5.3 s, not after 5.28 s."""
+    spans = model.get_audio_features(**make_audio([530, 100]), compression="none").spans
+    torch.testing.assert_close(spans[131:133], torch.tensor([[5.24, 5.28], [5.30, 5.34]]))
+
+
+def test_a_batch_of_recordings_equals_each_alone(model: Model, make_audio: Make) -> None:
+    recordings: list[list[int]] = [[3000, 411], [4], [1500], [90]]
+    audio = make_audio(*recordings)
+    targets = [50, 3, 375, 7]
+    batch = model.get_audio_features(**audio, target_length=torch.tensor(targets))
+    embeddings = batch.pooler_output.split(batch.audio_lengths.tolist())
+    spans = batch.spans.split(batch.audio_lengths.tolist())
+    first = 0
+    for row, windows in enumerate(recordings):
+        own = slice(first, first + len(windows))
+        first += len(windows)
+        alone = model.get_audio_features(
+            audio["input_features"][own],
+            audio["feature_attention_mask"][own],
+            torch.tensor([len(windows)]),
+            target_length=targets[row],
+        )
+        assert torch.equal(alone.spans, spans[row])
+        torch.testing.assert_close(alone.pooler_output, embeddings[row], rtol=1e-4, atol=1e-4)
+
+
+def test_defaults_of_get_audio_features(model: Model, make_audio: Make) -> None:
+    """One window per recording, the configuration's length and compression."""
+    audio = make_audio([500], [300])
+    del audio["windows_per_audio"]
+    model.config.target_length = 100
+    assert model.get_audio_features(**audio).audio_lengths.tolist() == [100, 75]
+    model.config.compression = "none"
+    assert model.get_audio_features(**audio).audio_lengths.tolist() == [125, 75]
+
+
+@pytest.mark.parametrize("fields", [{"ctc_projector": False}, {"ctc_vocab_size": 0}, {"content_density": "uniform"}])
+def test_variants_of_the_density(make_model: Make, make_audio: Make, fields: dict[str, Any]) -> None:
+    model = make_model(**fields)
+    assert model.model.ctc_decoder.linear.weight.shape == (101 if "ctc_vocab_size" in fields else 13, 24)
+    assert (model.model.ctc_decoder.projector is None) == ("ctc_projector" in fields)
+    fused = model.get_audio_features(**make_audio([900]), target_length=50)
+    assert fused.pooler_output.isfinite().all() and fused.audio_lengths.tolist() == [50]
+    assert not torch.equal(
+        fused.pooler_output, make_model().get_audio_features(**make_audio([900])).pooler_output[:50]
+    )
+
+
+def test_the_density_is_the_same_by_one_matrix_a_few_frames_at_a_time(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the product is made again when a weight changes."""
+    frames = torch.randn(2, 33, 16)
+    for _ in range(2):
+        hidden = model.model.audio_tower.layer_norm(frames)
+        exact = 1 - model.model.ctc_decoder(hidden).double().softmax(-1)[..., -1]
+        torch.testing.assert_close(model.model._density(frames).double(), exact, rtol=1e-5, atol=1e-6)
+        monkeypatch.setattr(modeling_fastlongspeech, "CHUNK_LOGITS", 100)
+        torch.nn.init.normal_(model.model.ctc_decoder.projector.weight)
+
+
+def test_refuses_arguments_that_do_not_fit(model: Model, make_audio: Make, make_prompts: Make) -> None:
+    audio = make_audio([300, 300], [300])
+    with pytest.raises(ValueError, match=r"windows_per_audio \[2, 2\] does not share out the 3 windows"):
+        model.get_audio_features(**(audio | {"windows_per_audio": torch.tensor([2, 2])}))
+    with pytest.raises(ValueError, match="target_length must be a positive integer, got 0; pass compression"):
+        model.get_audio_features(**audio, target_length=0)
+    with pytest.raises(ValueError, match="target_length holds 3 lengths for 2 recordings"):
+        model.get_audio_features(**audio, target_length=[1, 2, 3])
+    with pytest.raises(ValueError, match="compression must be one of iterative_fusion, none; got 'zip'"):
+        model.get_audio_features(**audio, compression="zip")
+    with pytest.raises(ValueError, match="feature_attention_mask is missing"):
+        model.get_audio_features(audio["input_features"], None)
+    with pytest.raises(ValueError, match="no recording as long as one frame"):
+        model.get_audio_features(**make_audio([2]))
+
+
+# Forward
+
+
+def test_forward_fuses_each_recording_to_its_placeholders(model: Model, make_audio: Make, make_prompts: Make) -> None:
+    audio, prompts = make_audio([400], [3000, 50], [4]), make_prompts([30, 99], [1])
+    embeddings = model.get_audio_features(**audio, target_length=[30, 99, 1]).pooler_output
+    inputs_embeds = model.get_input_embeddings()(prompts["input_ids"])
+    inputs_embeds[prompts["input_ids"] == model.config.audio_token_id] = embeddings
+    expected = model(inputs_embeds=inputs_embeds, attention_mask=prompts["attention_mask"]).logits
+    torch.testing.assert_close(model(**audio, **prompts).logits, expected)
+    by_embeddings = {"inputs_embeds": model.get_input_embeddings()(prompts["input_ids"])}
+    mask = {"attention_mask": prompts["attention_mask"]}
+    torch.testing.assert_close(model(**audio, **by_embeddings, **mask).logits, expected)
+    with pytest.raises(ValueError, match="Recording 1 has 99 audio placeholders for 10 frames"):
+        model(**audio, **prompts, target_length=[30, 10, 1])
+    with pytest.raises(ValueError, match="Recording 0 has 30 audio placeholders for 100 frames"):
+        model(**audio, **prompts, compression="none")
+    with pytest.raises(ValueError, match="Recording 2 has 2 audio placeholders for 1 frames"):
+        model(**audio, **make_prompts([30, 99], [2]))
+
+
+def test_logits_to_keep(model: Model, make_audio: Make, make_prompts: Make) -> None:
+    inputs = make_audio([400]) | make_prompts([20])
+    logits = model(**inputs).logits
+    torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, logits[:, -2:])
+    torch.testing.assert_close(model(**inputs, logits_to_keep=torch.tensor([0, 25])).logits, logits[:, [0, 25]])
+    assert isinstance(model(**inputs, return_dict=False), tuple)
+
+
+# Training
+
+
+def training_batch(make_audio: Make, make_prompts: Make) -> Inputs:
+    batch = make_audio([400], [90], [200], [3000, 10]) | make_prompts([20], [12], [20], [30])
+    labels = batch["input_ids"].clone()
+    labels[:, :-3] = -100
+    labels[1, -3] = labels[2, -3:-1] = -100  # so that the rows differ in how much they teach
+    return batch | {"labels": labels}
+
+
+def row_of(batch: Inputs, row: int) -> Inputs:
+    first = int(batch["windows_per_audio"][:row].sum())
+    windows = slice(first, first + int(batch["windows_per_audio"][row]))
+    whole = ("input_features", "feature_attention_mask")
+    return {k: v[windows] if k in whole else v[row : row + 1] for k, v in batch.items()}
+
+
+def test_gradient_accumulation_sums_to_the_batch(model: Model, make_audio: Make, make_prompts: Make) -> None:
+    batch = training_batch(make_audio, make_prompts)
+    items = (batch["labels"] != -100).sum()
+    whole = model(**batch, num_items_in_batch=items).loss
+    parts = [model(**row_of(batch, row), num_items_in_batch=items).loss for row in range(4)]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(**batch).loss, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_ctc_loss_is_nats_per_label_and_accumulates(model: Model, make_audio: Make) -> None:
+    audio = make_audio([400], [3000, 10])
+    labels = torch.tensor([[1, 2, 2, 3], [5, 0, -100, -100]])
+    loss = model(**audio, ctc_labels=labels).loss
+    parts = []
+    for row, n in enumerate([4, 2]):
+        one = row_of(audio | {"ctc_labels": labels[:, :4]}, row)
+        parts.append(model(**(one | {"ctc_labels": one["ctc_labels"][:, :n]})).loss)
+        frames, _, lengths = model.model._encode(*(one[k] for k in list(one)[:3]))
+        log_probs = model.model.ctc_decoder(model.model._ctc_input(frames)).log_softmax(-1)
+        nats = torch.nn.functional.ctc_loss(
+            log_probs, labels[row, :n], tuple(lengths.tolist()), (n,), blank=12, reduction="sum"
+        )
+        torch.testing.assert_close(parts[-1], nats / n)
+    torch.testing.assert_close(loss, (parts[0] + parts[1]) / 2)
+    whole = model(**audio, ctc_labels=labels, num_items_in_batch=6).loss
+    torch.testing.assert_close(whole, (4 * parts[0] + 2 * parts[1]) / 6)
+    with pytest.raises(ValueError, match="leave input_ids out"):
+        model(**audio, ctc_labels=labels, input_ids=labels)
+    with pytest.raises(ValueError, match="3 transcripts for 2 recordings"):
+        model(**audio, ctc_labels=labels[[0, 0, 1]])
+
+
+def test_only_the_ctc_decoder_learns_when_all_else_is_frozen(model: Model, make_audio: Make) -> None:
+    model.requires_grad_(False).train()
+    model.model.ctc_decoder.requires_grad_(True)
+    labels = torch.tensor([[1, 2, 2, 3]])
+    optimizer = torch.optim.Adam(model.model.ctc_decoder.parameters(), lr=0.05)
+    losses = []
+    for _ in range(15):
+        loss = model(**make_audio([400]), ctc_labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] / 3
+
+
+def test_ctc_transcription_collapses_repeats_and_then_drops_blanks(model: Model, make_audio: Make) -> None:
+    audio = make_audio([400], [3000, 80])
+    frames, _, lengths = model.model._encode(**audio)
+    best = model.model.ctc_decoder(model.model._ctc_input(frames)).argmax(-1)
+    expected = [
+        [piece for piece, _ in groupby(pieces.tolist()) if piece != 12] for pieces in best.split(lengths.tolist())
+    ]
+    assert model.ctc_transcribe(**audio) == expected
+    assert 12 in best and any(a == b for pieces in expected for a, b in zip(pieces, pieces[1:], strict=False))
+
+
+def test_nothing_frozen_is_recorded_for_autograd(model: Model, make_audio: Make, make_prompts: Make) -> None:
+    model.requires_grad_(False).train()
+    model.model.language_model.requires_grad_(True)
+    model.enable_input_require_grads()  # as gradient checkpointing with adapters does; it reaches the encoder as well
+    seen: list[Tensor] = []
+    model.model.audio_tower.layers[0].register_forward_hook(lambda _, args, output: seen.append(output))
+    audio = model.get_audio_features(**make_audio([400]), target_length=20)
+    assert not audio.pooler_output.requires_grad and not seen[0].requires_grad
+    model(**training_batch(make_audio, make_prompts)).loss.backward()
+    assert model.model.language_model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+def test_gradients_reach_the_encoder_through_the_fusion(model: Model, make_audio: Make, make_prompts: Make) -> None:
+    model.train()
+    model(**training_batch(make_audio, make_prompts)).loss.backward()
+    assert model.model.audio_tower.conv1.weight.grad.abs().sum() > 0
+    assert model.model.ctc_decoder.linear.weight.grad is None  # the density is a constant
+
+
+def test_gradient_checkpointing_changes_nothing(model: Model, make_audio: Make, make_prompts: Make) -> None:
+    batch = training_batch(make_audio, make_prompts)
+    other = copy.deepcopy(model).train()
+    other.gradient_checkpointing_enable()
+    for one in (model.train(), other):
+        one(**batch).loss.backward()
+    for (name, plain), (_, checkpointed) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        if plain.grad is not None:
+            torch.testing.assert_close(checkpointed.grad, plain.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_adapters_train_and_generate(model: Model, make_audio: Make, make_prompts: Make) -> None:
+    peft = pytest.importorskip("peft")
+    batch = training_batch(make_audio, make_prompts)
+    targets = r".*language_model.*\.(q|k|v|o)_proj"
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    adapted.train()
+    adapted(**batch).loss.backward()
+    trained = [name for name, p in adapted.named_parameters() if p.grad is not None]
+    assert trained and all("language_model" in name and "lora_" in name for name in trained)
+    adapted.eval()
+    inputs = make_audio([400]) | make_prompts([20])
+    out = adapted.generate(**inputs, target_length=9, max_new_tokens=3)
+    assert out.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_is_built_from_a_configuration_of_defaults_but_for_the_sizes() -> None:
+    assert Model(FastLongSpeechConfig(**tiny_config())).model.ctc_decoder.linear.out_features == 10_001
