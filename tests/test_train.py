@@ -19,7 +19,7 @@ from accelerate.data_loader import BatchSamplerShard
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
-from transformers import AutoModelForMultimodalLM
+from transformers import AutoModelForMultimodalLM, TrainingArguments
 
 from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
 from fastlongspeech.train import ctc, dct
@@ -429,6 +429,17 @@ def test_settings_that_make_no_sense_are_refused(more, fault):
     given = ["--model", "base", "--train_data", "a.jsonl", "--output_dir", "out", "--use_cpu"]
     with pytest.raises(ValueError, match=fault):
         parse_settings(ctc.CTCArguments, given + more)
+
+
+def test_one_process_for_several_gpus_is_refused(monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="one process sees 2 GPUs; use accelerate launch"):
+        parse_settings(ctc.CTCArguments, ["--model", "m", "--train_data", "a", "--output_dir", "o", "--use_cpu"])
+
+
+def test_lengths_below_one_are_refused(checkpoint, data, tmp_path):
+    with pytest.raises(ValueError, match=r"eval_target_lengths must be positive integers, got \[9, 0\]"):
+        dct.main(arguments(dct, checkpoint, data, tmp_path / "out", "--eval_target_lengths", 9, 0))
 
 
 def test_an_unknown_name_in_a_recipe_is_refused(tmp_path):

@@ -58,6 +58,9 @@ def add_lora(model: FastLongSpeechForConditionalGeneration, settings: DCTArgumen
 def main(argv: Sequence[str] | None = None) -> None:
     """Run stage 2."""
     settings, training = parse_settings(DCTArguments, argv)
+    for name in ("target_lengths", "eval_target_lengths"):
+        if min(getattr(settings, name) or [1]) < 1:
+            raise ValueError(f"{name} must be positive integers, got {getattr(settings, name)}; correct them.")
     checkpoint = open_run(settings, training)
     columns = ("audio", "question", "answer")
     train_rows = load_rows(settings.train_data, columns)
