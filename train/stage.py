@@ -106,9 +106,7 @@ def _check(settings: StageArguments, training: TrainingArguments) -> None:
     if settings.dtype != "float32" and not (training.bf16 or training.fp16):
         raise ValueError(f"dtype {settings.dtype} needs mixed precision; set bf16 or fp16 to true.")
     if training.n_gpu > 1:  # nn.DataParallel would share out windows and prompts differently
-        raise ValueError(
-            f"one process sees {training.n_gpu} GPUs; use accelerate launch, or show it one GPU."
-        )
+        raise ValueError(f"one process sees {training.n_gpu} GPUs; use accelerate launch, or show it one GPU.")
     if training.save_only_model:
         raise ValueError("save_only_model is true, which leaves nothing to resume from; set it to false.")
     if (settings.eval_data is None) != (training.eval_strategy == "no"):
