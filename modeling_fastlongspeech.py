@@ -435,7 +435,7 @@ class FastLongSpeechForConditionalGeneration(Qwen2AudioForConditionalGeneration)
         return self.model.ctc_transcribe(*args, **kwargs)
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # position_ids is among TransformersKwargs as well
         self,
         input_ids: Tensor | None = None,
         input_features: Tensor | None = None,

@@ -163,6 +163,7 @@ def test_gradients_are_the_weights_of_the_frames_and_do_not_reach_the_density() 
     fused = iterative_fusion(frames, torch.tensor([20]), 12, lambda _: density)
     fused.frames.sum().backward()
     expected = torch.cat([density[0, span] / density[0, span].sum() for span in members_of(fused, 0)])
+    assert frames.grad is not None
     torch.testing.assert_close(frames.grad[0, :, 0], expected.detach(), rtol=1e-5, atol=1e-6)
     assert density.grad is None
 
