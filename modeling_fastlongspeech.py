@@ -511,13 +511,16 @@ class FastLongSpeechForConditionalGeneration(Qwen2AudioForConditionalGeneration)
         resized inside. Without, every recording is fused to the number of its placeholders.
 
         Raises:
-            ValueError: placeholders and recordings do not fit.
+            ValueError: placeholders and recordings do not fit, or the prefill is to be chunked.
         """
         parent: Any = super()
         audio_inputs = {name: kwargs.pop(name, None) for name in AUDIO_INPUTS}
         if audio_inputs["input_features"] is None:
             return parent.generate(inputs, *args, **kwargs)
 
+        settings = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
+        if kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
+            raise ValueError("prefill_chunk_size cannot split prompts that hold recordings; leave it out.")
         input_ids = kwargs.pop("input_ids", inputs)
         attention_mask = kwargs.pop("attention_mask", None)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

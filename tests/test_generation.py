@@ -225,3 +225,8 @@ def test_refuses_prompts_that_do_not_fit_the_recordings(model: Model, make_audio
         answer(model, audio | make_prompts([50], [50]), target_length=0)
     with pytest.raises(ValueError, match="compression must be one of iterative_fusion, none; got 'zip'"):
         answer(model, audio | make_prompts([50], [50]), compression="zip")
+
+
+def test_refuses_a_chunked_prefill(model: Model, make_audio: Make, make_prompts: Make) -> None:
+    with pytest.raises(ValueError, match="prefill_chunk_size cannot split prompts that hold recordings"):
+        answer(model, make_audio([400]) | make_prompts([50]), prefill_chunk_size=8)
