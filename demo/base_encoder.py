@@ -1,7 +1,8 @@
 """Base model, step 2: the audio encoder learns to hear words, through CTC losses on heads that are thrown away.
 
 One head reads the words (the language model's tokens) off the final frames, the other the letters off the middle
-layer, at 50 Hz: letters are learnt first and carry the words. Excerpts grow from sentences to recordings of 29 s.
+layer, at 50 Hz: letters are learnt first and carry the words. Excerpts grow from sentences to recordings of 29 s, and
+are placed anywhere in the window of 30 s: short ones teach the encoder all of its positions.
 """
 
 import json
@@ -64,8 +65,11 @@ class Encoded:
     middle_lengths: torch.Tensor
 
 
-def encode(model: Qwen2AudioForConditionalGeneration, mels: list[np.ndarray]) -> Encoded:
-    """Runs the stock encoder's own layers on the longest excerpt of the batch instead of 30 s, padding masked."""
+def encode(model: Qwen2AudioForConditionalGeneration, mels: list[np.ndarray], place: float = 0.0) -> Encoded:
+    """Runs the stock encoder's own layers on the longest excerpt of the batch instead of 30 s, padding masked.
+
+    ``place`` says where in the window the excerpts are: 0 at its beginning, 1 so that the longest ends with it.
+    """
     tower = model.model.audio_tower
     mel_lengths = torch.tensor([len(mel) for mel in mels])
     features = torch.zeros(len(mels), tower.num_mel_bins, int(mel_lengths.max()) // 4 * 4 + 4)
@@ -74,7 +78,8 @@ def encode(model: Qwen2AudioForConditionalGeneration, mels: list[np.ndarray]) ->
     features, mel_lengths = features.to(tower.device), mel_lengths.to(tower.device)
     hidden = nn.functional.gelu(tower.conv1(features))
     hidden = nn.functional.gelu(tower.conv2(hidden)).transpose(1, 2)
-    hidden = hidden + tower.embed_positions.weight[: hidden.shape[1]]
+    first = round(place * (tower.max_source_positions - hidden.shape[1]))
+    hidden = hidden + tower.embed_positions.weight[first : first + hidden.shape[1]]
     middle_lengths, lengths = tower._get_feat_extract_output_lengths(mel_lengths)
     padding = torch.arange(hidden.shape[1], device=tower.device) >= middle_lengths[:, None]
     mask = torch.zeros_like(padding, dtype=torch.float32).masked_fill(padding, torch.finfo(torch.float32).min)
@@ -144,9 +149,9 @@ def train_encoder(
 
     def loss_fn(step: int) -> dict[str, torch.Tensor]:
         progress = step / steps
-        longest, batch_seconds = (4, 40) if progress < 0.55 else (10, 60) if progress < 0.75 else (29, 80)
+        longest, batch_seconds = (4, 40) if progress < 0.6 else (10, 60) if progress < 0.8 else (29, 80)
         mels, texts = draw_excerpts(recordings, step, longest, batch_seconds)
-        encoded = encode(model, mels)
+        encoded = encode(model, mels, place=random.Random(f"place-{step}").random())
         spelt = [torch.tensor([LETTERS.index(letter) for letter in text]) for text in texts]
         loss_letters = _ctc_loss(letters(encoded.middle), encoded.middle_lengths, spelt)
         spoken = [torch.tensor(packer.words(text)) for text in texts]

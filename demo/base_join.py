@@ -73,7 +73,7 @@ def train_joined(
 
     def loss_fn(step: int) -> dict[str, torch.Tensor]:
         rng = random.Random(f"join-{step}")
-        start = rng.randint(0, len(order) - batch_size)
+        start = rng.randrange(max(1, len(order) - batch_size + 1))
         chosen = order[start : start + batch_size]  # about equally long, so little padding
         questions = []
         for index in chosen:

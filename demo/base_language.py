@@ -30,12 +30,9 @@ def train_language_model(
 
     def loss_fn(step: int) -> dict[str, torch.Tensor]:
         rng, progress = random.Random(f"language-{step}"), step / steps
-        sentences, spread = rng.randint(1, 2 if progress < 0.1 else 5), 1.0
-        if progress > 0.3:
-            sentences = rng.randint(3, 10)
+        sentences, spread = rng.randint(1, 3), 1.0
         if progress > 0.6:
-            if rng.random() < 0.35:
-                sentences = rng.randint(10, 80)
+            sentences = rng.randint(10, 80) if rng.random() < 0.15 else rng.randint(2, 10)
             spread = rng.uniform(1, max(1.0, min(12, 80 / sentences)))
         positions = 8 * sentences * spread + 14 * min(8, sentences) + 30  # of one passage, about
         noise = embedding.weight.detach().std() * rng.uniform(0, 0.5) if progress > 0.6 else None
@@ -56,8 +53,8 @@ def train_language_model(
 
     def draw(rng: random.Random, sentences: int) -> tuple[list[int], list[tuple[str, str]]]:
         """Draws a passage and up to 8 questions: its tokens, and pairs of question and answer."""
-        kinds = rng.randint(1, 3) if sentences <= 10 else rng.randint(3, 8)
-        writer = PassageWriter(rng, False, rng.uniform(0.5, 0.8), kinds)
+        kinds = 1 if sentences <= 3 else rng.randint(1, 3) if sentences <= 10 else rng.randint(3, 8)
+        writer = PassageWriter(rng, False, 0.9 if sentences <= 3 else rng.uniform(0.5, 0.8), kinds)
         text = " ".join(writer.add_sentence() for _ in range(sentences))
         facts = [fact for fact in writer.passage.facts if fact is not None]
         pairs = [(rng.choice(fact.questions()), fact.value) for fact in rng.sample(facts, min(8, len(facts)))]
