@@ -36,10 +36,12 @@ CHUNK_LOGITS = 2**24  # CTC logits held at a time where only a figure per frame 
 
 AUDIO_INPUTS = ("input_features", "feature_attention_mask", "windows_per_audio", "target_length", "compression")
 
-# Parameter names that transformers wrote before 5.0 for Qwen2-Audio, which are those of the first release as well.
+# Names of Qwen2-Audio's parameters that transformers wrote before 5.0, and the first release of FastLongSpeech; some
+# versions 5.x write one more `model.`.
 KEY_MAPPING = {
     r"^language_model\.lm_head\.": "lm_head.",
-    r"^language_model\.model\.": "model.language_model.",
+    r"^language_model\.model\.model\.": "model.language_model.",
+    r"^language_model\.model\.(?!model\.)": "model.language_model.",
     r"^language_model\.(?!lm_head\.|model\.)": "model.language_model.",
     r"^audio_tower\.": "model.audio_tower.",
     r"^multi_modal_projector\.": "model.multi_modal_projector.",
