@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, Qwen2AudioProcessor, WhisperFeatureExtractor
+from transformers import PreTrainedTokenizerFast, Qwen2AudioProcessor, WhisperFeatureExtractor
 
 from .base_encoder import load_recordings, train_encoder
 from .base_join import encode_recordings, fit_projector, train_joined
@@ -38,7 +38,7 @@ def main() -> None:
     if not (folder / "tokenizer").exists():
         build_tokenizer().save_pretrained(folder / "tokenizer.tmp")
         (folder / "tokenizer.tmp").replace(folder / "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     model = build_model(tokenizer).to(arguments.device)
     if arguments.only != "encoder":
         train_language_model(model, tokenizer, folder, steps["language"])

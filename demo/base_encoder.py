@@ -36,7 +36,7 @@ class Recordings:
 def _mel(feature_extractor: WhisperFeatureExtractor, path: Path) -> np.ndarray:
     torch.set_num_threads(1)
     samples, rate = soundfile.read(path, dtype="float32")
-    features = feature_extractor(samples, sampling_rate=rate, padding=False, return_tensors="np").input_features
+    features = feature_extractor(samples, sampling_rate=rate, padding="do_not_pad", return_tensors="np").input_features
     return np.asarray(features[0], dtype=np.float16).T
 
 
@@ -98,7 +98,9 @@ def draw_excerpts(
 ) -> tuple[list[np.ndarray], list[str]]:
     """Draws excerpts of whole sentences, at most ``longest`` seconds each: mel frames and their texts."""
     rng = random.Random(f"encoder-{step}")
-    mels, texts, seconds = [], [], 0.0
+    mels: list[np.ndarray] = []
+    texts: list[str] = []
+    seconds = 0.0
     while True:
         index = rng.randrange(len(recordings.rows))
         sentences = recordings.rows[index]["sentences"]
@@ -142,7 +144,7 @@ def train_encoder(
     """Trains ``model``'s audio tower in place and returns the words' head, Linear(width, vocabulary + 1)."""
     packer = QuestionPacker(tokenizer)
     torch.manual_seed(1)
-    width = model.config.audio_config.d_model
+    width = model.model.audio_tower.layer_norm.weight.shape[0]
     words = nn.Linear(width, len(tokenizer) + 1).to(model.device)
     letters = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(LETTERS) + 1)).to(model.device)
     modules = nn.ModuleList([model.model.audio_tower, words, letters])

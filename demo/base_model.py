@@ -90,7 +90,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2Audio
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         },
-        audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+        audio_token_index=int(tokenizer.vocab["<|AUDIO|>"]),
     )
     model = Qwen2AudioForConditionalGeneration(config)
     # Tied while it is trained, which makes copying a word from the passage easy to learn; the stock class has no tie.
@@ -128,7 +128,7 @@ class QuestionPacker:
     """Lays out a recording and its questions in one sequence, each question in the layout of a single prompt."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.audio_token = tokenizer.convert_tokens_to_ids("<|AUDIO|>")
+        self.audio_token = int(tokenizer.vocab["<|AUDIO|>"])
         self.pad_token = tokenizer.pad_token_id
         self.encode = lru_cache(200_000)(lambda text: tuple(tokenizer(text, add_special_tokens=False).input_ids))
         self.end = self.encode("<|im_end|>")
@@ -159,7 +159,8 @@ class QuestionPacker:
         )
         visible = (owner_[:, None, :] == 0) | (owner_[:, None, :] == owner_[:, :, None])
         visible &= torch.ones(size, size, dtype=torch.bool).tril()
-        return PackedQuestions(input_ids, position_ids, labels_, visible[:, None], input_ids == self.audio_token)
+        is_audio = torch.eq(input_ids, self.audio_token)
+        return PackedQuestions(input_ids, position_ids, labels_, visible[:, None], is_audio)
 
 
 def answer_loss(

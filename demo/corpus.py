@@ -112,7 +112,7 @@ def record(split_name: str, index: int) -> tuple[np.ndarray, dict]:
     writer = PassageWriter(rng, split.held_out, rng.uniform(0.5, 0.8), num_kinds, split.unheard)
     pause = rng.uniform(0.2, 0.7)
     pieces = [np.zeros(int(rng.uniform(0.1, 0.4) * SAMPLING_RATE), np.float32)]
-    length, sentences = len(pieces[0]), []
+    length, sentences = len(pieces[0]), list[dict]()
     while True:
         sentence = writer.add_sentence()
         spoken = speak(sentence, voice, speed)

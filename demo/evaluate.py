@@ -93,13 +93,11 @@ class Evaluator:
         right: dict[str, list[bool]] = defaultdict(list)
         answers = []
         for index, recording in enumerate(tqdm(recordings, desc=f"asking, {condition}, L = {length or 'all'}")):
-            heard = {
-                "the recording": recording,
-                "wrong recording": recordings[(index + 1) % len(recordings)],
-                "no audio": None,
-            }[condition]
+            heard: Recording | None = recording
+            if condition != "the recording":
+                heard = recordings[(index + 1) % len(recordings)] if condition == "wrong recording" else None
             questions = [question["question"] for question in recording.questions]
-            replies = self.ask(questions, heard and heard.embeddings[length])
+            replies = self.ask(questions, None if heard is None else heard.embeddings[length])
             for question, reply in zip(recording.questions, replies, strict=True):
                 exact = self.normalize(reply) == self.normalize(question["answer"])
                 right["voice" if question["kind"] == "voice" else "facts"].append(exact)
