@@ -72,7 +72,8 @@ def encode(model: Qwen2AudioForConditionalGeneration, mels: list[np.ndarray], pl
     """
     tower = model.model.audio_tower
     mel_lengths = torch.tensor([len(mel) for mel in mels])
-    features = torch.zeros(len(mels), tower.num_mel_bins, int(mel_lengths.max()) // 4 * 4 + 4)
+    width = min(int(mel_lengths.max()) // 4 * 4 + 4, 2 * tower.max_source_positions)
+    features = torch.zeros(len(mels), tower.num_mel_bins, width)
     for row, mel in zip(features, mels, strict=True):
         row[:, : len(mel)] = torch.from_numpy(mel.T.astype(np.float32))
     features, mel_lengths = features.to(tower.device), mel_lengths.to(tower.device)
@@ -151,7 +152,8 @@ def train_encoder(
 
     def loss_fn(step: int) -> dict[str, torch.Tensor]:
         progress = step / steps
-        longest, batch_seconds = (4, 40) if progress < 0.6 else (10, 60) if progress < 0.8 else (29, 80)
+        lengths = [(4, 40), (4, 40), (10, 60), (29, 80)] if progress > 0.2 else [(4, 40)]
+        longest, batch_seconds = random.Random(f"longest-{step}").choice(lengths)
         mels, texts = draw_excerpts(recordings, step, longest, batch_seconds)
         encoded = encode(model, mels, place=random.Random(f"place-{step}").random())
         spelt = [torch.tensor([LETTERS.index(letter) for letter in text]) for text in texts]

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen2AudioForConditionalGeneration
 
 from .base_model import QuestionPacker, answer_loss, fit
-from .sentences import TRANSCRIBE, PassageWriter
+from .sentences import REPEAT, TRANSCRIBE, PassageWriter
 
 
 def train_language_model(
@@ -31,11 +31,11 @@ def train_language_model(
     def loss_fn(step: int) -> dict[str, torch.Tensor]:
         rng, progress = random.Random(f"language-{step}"), step / steps
         sentences, spread = rng.randint(1, 3), 1.0
-        if progress > 0.6:
+        if progress > 0.5:
             sentences = rng.randint(10, 80) if rng.random() < 0.15 else rng.randint(2, 10)
             spread = rng.uniform(1, max(1.0, min(12, 80 / sentences)))
         positions = 8 * sentences * spread + 14 * min(8, sentences) + 30  # of one passage, about
-        noise = embedding.weight.detach().std() * rng.uniform(0, 0.5) if progress > 0.6 else None
+        noise = embedding.weight.detach().std() * rng.uniform(0, 0.5) if progress > 0.5 else None
 
         lengths, embeds, questions = [], [], []
         for _ in range(max(2, round(3500 / positions))):
@@ -52,13 +52,17 @@ def train_language_model(
         return {"loss": loss, "accuracy": accuracy}
 
     def draw(rng: random.Random, sentences: int) -> tuple[list[int], list[tuple[str, str]]]:
-        """Draws a passage and up to 8 questions: its tokens, and pairs of question and answer."""
+        """Draws a passage and its questions: its tokens, and pairs of question and answer."""
         kinds = 1 if sentences <= 3 else rng.randint(1, 3) if sentences <= 10 else rng.randint(3, 8)
         writer = PassageWriter(rng, False, 0.9 if sentences <= 3 else rng.uniform(0.5, 0.8), kinds)
         text = " ".join(writer.add_sentence() for _ in range(sentences))
-        facts = [fact for fact in writer.passage.facts if fact is not None]
-        pairs = [(rng.choice(fact.questions()), fact.value) for fact in rng.sample(facts, min(8, len(facts)))]
-        if not pairs or (sentences <= 10 and rng.random() < 0.15):
+        stated = [
+            (said, fact) for said, fact in zip(writer.passage.sentences, writer.passage.facts, strict=True) if fact
+        ]
+        asked = rng.sample(stated, min(8, len(stated)))
+        pairs = [(rng.choice(fact.questions()), fact.value) for _, fact in asked]
+        pairs += [(REPEAT.format(s=fact.subject), said) for said, fact in asked[:1]]
+        if sentences <= 3 or not pairs or (sentences <= 10 and rng.random() < 0.2):
             pairs.append((TRANSCRIBE, text))
         return packer.words(text), pairs
 

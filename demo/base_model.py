@@ -19,7 +19,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from .sentences import TRANSCRIBE, VOICE_QUESTIONS, PassageWriter
+from .sentences import REPEAT, TRANSCRIBE, VOICE_QUESTIONS, PassageWriter
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -43,7 +43,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
     rng = random.Random(0)
-    texts = [TRANSCRIBE, *VOICE_QUESTIONS, "man woman", BEFORE_AUDIO, AFTER_QUESTION] * 100
+    texts = [TRANSCRIBE, REPEAT, *VOICE_QUESTIONS, "man woman", BEFORE_AUDIO, AFTER_QUESTION] * 1000
+    texts += [chr(code) for code in range(33, 127)]
     for _ in range(20_000):
         writer = PassageWriter(rng, held_out=False, fact_share=0.7, num_kinds=2)
         texts += [writer.add_sentence() for _ in range(6)]

@@ -100,8 +100,9 @@ class Evaluator:
             replies = self.ask(questions, None if heard is None else heard.embeddings[length])
             for question, reply in zip(recording.questions, replies, strict=True):
                 exact = self.normalize(reply) == self.normalize(question["answer"])
-                right["voice" if question["kind"] == "voice" else "facts"].append(exact)
                 right[question["kind"]].append(exact)
+                if question["kind"] != "voice":
+                    right["facts"].append(exact)
                 answers.append({**question, "reply": reply, "exact": exact, "recording": index})
         scores = {kind: {"exact": sum(hits) / len(hits), "questions": len(hits)} for kind, hits in right.items()}
         return scores, answers

@@ -10,6 +10,7 @@ import zlib
 from dataclasses import dataclass, field
 
 TRANSCRIBE = "Transcribe the speech to text without explanation:"
+REPEAT = "Repeat what is said about {s}:"
 VOICE_QUESTIONS = ("Is the speaker a man or a woman?", "Does a man or a woman speak?")
 
 NAMES = """anna peter maria thomas julia daniel sofia martin helen victor laura simon clara oscar emma felix nora
