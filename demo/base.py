@@ -18,7 +18,7 @@ from .base_join import encode_recordings, fit_projector, train_joined
 from .base_language import train_language_model
 from .base_model import build_model, build_tokenizer
 
-STEPS = {"language": 1600, "encoder": 3000, "join": 1000}
+STEPS = {"language": 4000, "encoder": 6000, "join": 1200}
 
 
 def main() -> None:
@@ -27,7 +27,9 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder for checkpoints, logs and the finished model")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps, to try the recipe quickly")
     parser.add_argument(
-        "--only", choices=["language", "encoder"], help="do this step alone (they may run side by side)"
+        "--only",
+        choices=["tokenizer", "language", "encoder"],
+        help="do this step alone; after the tokenizer, language and encoder may run side by side",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -38,6 +40,8 @@ def main() -> None:
     if not (folder / "tokenizer").exists():
         build_tokenizer().save_pretrained(folder / "tokenizer.tmp")
         (folder / "tokenizer.tmp").replace(folder / "tokenizer")
+    if arguments.only == "tokenizer":
+        return
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     model = build_model(tokenizer).to(arguments.device)
     if arguments.only != "encoder":
