@@ -7,7 +7,8 @@ TRANSFORMERS ?=
 TORCH := 2.13.0
 PYTEST_FLAGS ?= -n 2
 
-QUESTION := What is said in the recording?
+# What is said of her there: the job of theresa is pilot.
+QUESTION := What does Theresa work as?
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
