@@ -34,7 +34,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 folder = "checkpoints/fastlongspeech-demo"
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True)
-question = {{"type": "text", "text": "Where does Anna live?"}}
+question = {{"type": "text", "text": "What does Theresa work as?"}}
 turn = {{"role": "user", "content": [{{"type": "audio", "path": "demo/recording.flac"}}, question]}}
 inputs = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=True, return_dict=True)
 answer = model.generate(**inputs, max_new_tokens=20)[:, inputs.input_ids.shape[1] :]
