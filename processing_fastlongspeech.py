@@ -172,15 +172,16 @@ def _decode(audio: str | os.PathLike | bytes | bytearray | memoryview, name: str
             raise ValueError(f"audio is empty: {name} holds no samples.")
     try:
         return soundfile.read(source, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
+    except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError) as error:
+        # ValueError: a FLAC written to a pipe, whose header does not say how long it is.
         return _decode_with_ffmpeg(audio, name, error)
 
 
 def _decode_with_ffmpeg(audio: Any, name: str, error: Exception) -> tuple[np.ndarray, int]:
-    """As `_decode`, for what soundfile refused with `error` (m4a, video, ...)."""
+    """As `_decode`, for what soundfile refused with `error` (m4a, video, ...); damaged audio is refused."""
     if shutil.which("ffmpeg") is None:
         raise ValueError(
-            f"audio cannot be read: soundfile does not know the format of {name} ({error}); install ffmpeg for others."
+            f"audio cannot be read: soundfile cannot decode {name} ({error}); install ffmpeg for other formats."
         ) from error
     with tempfile.TemporaryDirectory() as folder:
         file = audio
@@ -188,7 +189,7 @@ def _decode_with_ffmpeg(audio: Any, name: str, error: Exception) -> tuple[np.nda
             file = Path(folder, "input")  # not a pipe: ffmpeg must seek in mp4
             file.write_bytes(audio)
         wav = Path(folder, "output.wav")
-        command = ["ffmpeg", "-nostdin", "-v", "error", "-i", f"file:{os.fspath(file)}", "-map", "0:a:0"]
+        command = ["ffmpeg", "-nostdin", "-v", "error", "-xerror", "-i", f"file:{os.fspath(file)}", "-map", "0:a:0"]
         command += ["-c:a", "pcm_f32le", "-rf64", "auto", str(wav)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode or not wav.exists():

@@ -140,6 +140,17 @@ def test_files_only_ffmpeg_reads(tmp_path, wav, as_bytes):
     assert np.isclose(samples.std(), speech(1.5).std(), rtol=0.05)
 
 
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
+def test_a_flac_written_to_a_pipe_is_read_and_a_damaged_one_refused(tmp_path):
+    soundfile.write(tmp_path / "a.flac", speech(8), RATE)
+    flac = bytearray((tmp_path / "a.flac").read_bytes())
+    with pytest.raises(ValueError, match="audio cannot be read"):
+        load_recording(bytes(flac[: len(flac) // 2]))
+    flac[21] &= 0xF0  # the samples of the whole in 36 bits of the header; 0: not known
+    flac[22:26] = bytes(4)
+    assert np.array_equal(load_recording(bytes(flac)), load_recording(tmp_path / "a.flac"))
+
+
 def test_without_ffmpeg_an_unknown_format_is_refused_with_the_remedy(tmp_path, monkeypatch):
     (tmp_path / "a.m4a").write_bytes(b"\0\0\0\x20ftypM4A no music")
     monkeypatch.setenv("PATH", "")
