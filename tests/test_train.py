@@ -107,6 +107,11 @@ def test_every_bad_row_is_named_with_its_line_and_remedy(data, tmp_path):
     good = {"audio": str(data / "clips" / "1.wav"), "text": "a"}
     soundfile.write(tmp_path / "short.wav", np.zeros(600), RATE)
     (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    soundfile.write(tmp_path / "piped.flac", np.zeros(RATE), RATE)
+    flac = bytearray((tmp_path / "piped.flac").read_bytes())
+    flac[21] &= 0xF0  # the samples of the whole in 36 bits of the header; 0: not known
+    flac[22:26] = bytes(4)
+    (tmp_path / "piped.flac").write_bytes(flac)
     faults = {
         "{": "is not JSON .*write one object per line",
         "[1]": "holds a list; write an object with audio, text",
@@ -117,9 +122,10 @@ def test_every_bad_row_is_named_with_its_line_and_remedy(data, tmp_path):
         json.dumps({**good, "audio": "nowhere.wav"}): "nowhere.wav, which does not exist; correct the path",
         json.dumps({**good, "audio": "broken.wav"}): "can't be read .*convert it to wav or flac",
         json.dumps({**good, "audio": "short.wav"}): "0.037 s; it must last at least 0.04 s",
+        json.dumps({**good, "audio": "piped.flac"}): "does not say how long it is; convert it to wav",
     }
     manifest = write(tmp_path / "bad.jsonl", [good, "", *faults])
-    with pytest.raises(ValueError, match="bad.jsonl has 9 bad rows; correct or remove them") as refusal:
+    with pytest.raises(ValueError, match="bad.jsonl has 10 bad rows; correct or remove them") as refusal:
         load_rows(manifest, ("audio", "text"))
     named = str(refusal.value).splitlines()[1:]
     for number, (line, fault) in enumerate(zip(named, faults.values(), strict=True), 3):

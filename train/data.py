@@ -188,6 +188,8 @@ def _check_row(row: Any, columns: Sequence[str]) -> float | str | None:
         info = soundfile.info(audio)
     except (soundfile.SoundFileError, TypeError, OSError) as error:
         return f"has a recording that can't be read ({error}); convert it to wav or flac"
+    if info.frames >= 2**62:  # what libsndfile says of a FLAC that was written to a pipe
+        return "has a recording whose header does not say how long it is; convert it to wav"
     duration = info.frames / info.samplerate
     if duration < FRAME_SECONDS:
         return f"has a recording of {duration:.3f} s; it must last at least {FRAME_SECONDS} s"
