@@ -52,7 +52,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     shared.add_argument("--model", help="folder or Hub id (default: the demo model of a checkout)")
     shared.add_argument("--target-length", type=int, metavar="L", help="frames to fuse a recording to")
     shared.add_argument("--max-new-tokens", type=int, metavar="N", help=f"longest answer (default: {MAX_NEW_TOKENS})")
-    shared.add_argument("--device", help="such as cpu, cuda, cuda:1 or mps (default: a GPU if there is one)")
+    shared.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: an NVIDIA or AMD GPU if there is one)")
     shared.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     shared.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
 
@@ -93,7 +93,7 @@ class Session:
                 )
             source = str(DEMO_MODEL)
         with self.timed("loading"):
-            device = arguments.device or _default_device()
+            device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")  # mps lacks segment_reduce
             try:
                 torch.zeros(1, device=device)
             except (RuntimeError, AssertionError) as error:
@@ -140,7 +140,7 @@ class Session:
         for part, seconds in (("listening", heard - start), ("answering", end - heard)):
             self.seconds[part] = self.seconds.get(part, 0) + seconds
         longest, ends = self.options["max_new_tokens"], self.model.generation_config.eos_token_id
-        if len(ids) == longest and ids[-1] not in torch.tensor(ends).to(ids):
+        if len(ids) == longest and (ends is None or ids[-1] not in torch.tensor(ends).to(ids)):
             print(f"the answer may go on: it reached --max-new-tokens {longest}", file=sys.stderr)
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
@@ -242,9 +242,3 @@ def placeholder_counts(input_ids: torch.Tensor, audio_token_id: int) -> list[int
     """Returns the lengths of the runs of the audio token in a prompt `(S,)`, one per recording."""
     values, lengths = (input_ids == audio_token_id).unique_consecutive(return_counts=True)
     return lengths[values].tolist()
-
-
-def _default_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -95,6 +95,19 @@ def test_an_answer_that_was_stopped_is_said_to_be(checkpoint, recordings, capsys
     assert "the answer may go on: it reached --max-new-tokens 1\n" in capsys.readouterr().err
 
 
+def test_a_model_without_an_end_token_answers_to_the_limit(checkpoint, recordings, capsys, monkeypatch):
+    load = FastLongSpeechForConditionalGeneration.from_pretrained
+
+    def endless(*args, **kwargs):
+        model = load(*args, **kwargs)
+        model.generation_config.eos_token_id = None
+        return model
+
+    monkeypatch.setattr(FastLongSpeechForConditionalGeneration, "from_pretrained", endless)
+    assert run("ask", recordings[1], QUESTION, "--model", checkpoint, "--max-new-tokens", 2) == 0
+    assert "it reached --max-new-tokens 2\n" in capsys.readouterr().err
+
+
 def test_without_a_model_the_command_says_what_to_do(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "DEMO_MODEL", tmp_path)
     assert run("ask", "a.wav", QUESTION) == 1
