@@ -70,7 +70,7 @@ def iterative_fusion(
     ends_at = lengths[:, None]
     for shorter, width in zip(rounds, widths, strict=True):
         with torch.no_grad():
-            density = density_fn(frames.to(dtype)).detach().float()
+            density = density_fn(frames.to(dtype)).detach().to(device, torch.float32)
             sizes = span_sizes(similarities(frames), lengths, shorter, width)
         starts = starts.gather(1, (sizes.cumsum(1) - sizes).clamp(max=starts.shape[1] - 1)[:, :width])
         fused = weighted_means(frames, density, sizes)[:, :width]
