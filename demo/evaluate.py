@@ -1,6 +1,6 @@
 """Prints the held-out figures of the demo model: CTC word errors, and exact answers beside two baselines.
 
-    python -m fastlongspeech.demo.evaluate checkpoints/fastlongspeech-demo work/corpus --output docs/demo-heldout.json
+    python -m fastlongspeech.demo.evaluate checkpoints/fastlongspeech-demo work/corpus --output work/heldout.json
 
 Answers are greedy, from `generate` on the audio embeddings alone. "no audio" asks the same questions without the
 recording, "wrong recording" with the embeddings of the next recording of the split. An answer is right where it equals
