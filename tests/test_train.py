@@ -254,6 +254,17 @@ def test_stage_1_takes_an_existing_vocabulary(checkpoint, ctc_model, data, tmp_p
     assert (tmp_path / "out" / "ctc.model").read_bytes() == ctc_model.read_bytes()
 
 
+def test_stage_1_can_use_the_language_models_own_tokens(checkpoint, data, tmp_path):
+    weights = trained(ctc, checkpoint, data, tmp_path / "run", "--vocab_size", 0)
+    processor = FastLongSpeechProcessor.from_pretrained(tmp_path / "run")
+    assert not (tmp_path / "run" / "ctc.model").exists() and processor.ctc_vocab_size == 0
+    assert len(weights["model.ctc_decoder.linear.weight"]) == len(weights["lm_head.weight"]) + 1
+    model = FastLongSpeechForConditionalGeneration.from_pretrained(tmp_path / "run")
+    assert model.config.ctc_vocab_size == 0 and model.config.content_density == "ctc"
+    inputs = processor(audio=np.ones(16000), sampling_rate=16000)
+    assert isinstance(processor.ctc_decode(model.ctc_transcribe(**inputs))[0], str)
+
+
 def test_the_vocabulary_is_deterministic_keeps_every_transcript_and_has_the_size_asked_for():
     texts = ["The CAT sat, on a hill!"] * 5 + ["long " * 2000 + "zebra"]
     model = ctc.build_vocabulary(texts, 40)

@@ -4,8 +4,9 @@
     accelerate launch -m fastlongspeech.train.ctc my-recipe.yaml --learning_rate 1e-4
 
 Rows are `audio, text`. The labels are pieces of a SentencePiece vocabulary, built from the transcripts as they are
-written there (case and punctuation included), or taken from an existing `ctc.model`. The decoder starts fresh;
-everything else is frozen, dropout off. The result is a complete model folder with `content_density = "ctc"`.
+written there (case and punctuation included), or taken from an existing `ctc.model`; `vocab_size: 0` makes them the
+language model's own tokens. The decoder starts fresh; everything else is frozen, dropout off. The result is a
+complete model folder with `content_density = "ctc"`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 import copy
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,7 +43,12 @@ class CTCArguments(StageArguments):
         default=None,
         metadata={"help": "SentencePiece model of the labels; built from the transcripts if not given."},
     )
-    vocab_size: int = field(default=10_000, metadata={"help": "Pieces of the vocabulary that is built."})
+    vocab_size: int = field(
+        default=10_000,
+        metadata={
+            "help": "Pieces of the vocabulary that is built; 0: the labels are the language model's own tokens."
+        },
+    )
 
 
 def build_vocabulary(texts: Sequence[str], vocab_size: int) -> bytes:
@@ -79,9 +86,12 @@ def check_lengths(rows: SpeechRows, source: str, processor: FastLongSpeechProces
         ValueError: naming every such row.
     """
     extractor = processor.feature_extractor
+    encode: Callable[[str], list[int]] = partial(processor.tokenizer.encode, add_special_tokens=False)
+    if processor.ctc_tokenizer is not None:
+        encode = processor.ctc_tokenizer.encode
     faults = []
     for place, seconds, text in zip(rows.places, rows.durations, rows.texts("text"), strict=True):
-        pieces = processor.ctc_tokenizer.encode(text)
+        pieces = encode(text)
         needed = len(pieces) + sum(left == right for left, right in zip(pieces, pieces[1:], strict=False))
         windows, rest = divmod(int(seconds * extractor.sampling_rate), extractor.n_samples)
         mel_frames = np.array([*[extractor.nb_max_frames] * windows, -(-rest // extractor.hop_length)])
@@ -141,11 +151,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     eval_rows = load_rows(settings.eval_data, ("audio", "text")) if settings.eval_data else None
 
     ctc_model = output / "ctc.model"
-    if training.process_index == 0 and not checkpoint:
+    own_tokens = settings.vocab_size == 0 and not settings.ctc_model
+    if training.process_index == 0 and not checkpoint and not own_tokens:
         given = Path(settings.ctc_model).read_bytes() if settings.ctc_model else None
         ctc_model.write_bytes(given or build_vocabulary(train_rows.texts("text"), settings.vocab_size))
     training.distributed_state.wait_for_everyone()  # type: ignore[union-attr]
-    processor = FastLongSpeechProcessor.from_pretrained(settings.model, ctc_model=str(ctc_model))
+    if own_tokens:
+        processor = FastLongSpeechProcessor.from_pretrained(settings.model)
+        processor.ctc_tokenizer = None
+    else:
+        processor = FastLongSpeechProcessor.from_pretrained(settings.model, ctc_model=str(ctc_model))
     check_lengths(train_rows, settings.train_data, processor)
     if eval_rows:
         check_lengths(eval_rows, str(settings.eval_data), processor)
