@@ -88,8 +88,8 @@ class Session:
         if source is None:
             if not (DEMO_MODEL / "config.json").exists():
                 raise ValueError(
-                    "no --model was given, and an installed package carries no weights; pass --model with a folder or "
-                    "Hub id, or run in a checkout, where checkpoints/fastlongspeech-demo is the default."
+                    f"no --model was given, and there is no demo model in {DEMO_MODEL}: an installed package carries "
+                    "no weights, a checkout has them once `make recipe` is done; pass --model with a folder or Hub id."
                 )
             source = str(DEMO_MODEL)
         with self.timed("loading"):

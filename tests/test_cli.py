@@ -111,7 +111,9 @@ def test_a_model_without_an_end_token_answers_to_the_limit(checkpoint, recording
 def test_without_a_model_the_command_says_what_to_do(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "DEMO_MODEL", tmp_path)
     assert run("ask", "a.wav", QUESTION) == 1
-    assert "an installed package carries no weights; pass --model" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"no demo model in {tmp_path}" in message and "an installed package carries no weights" in message
+    assert "pass --model" in message
     assert run("ask", "a.wav", QUESTION, "--model", tmp_path / "none") == 1
     assert "none is no folder" in capsys.readouterr().err
 
