@@ -3,8 +3,8 @@
 #
 #   bash demo/run.sh
 #
-# Needs espeak-ng and flite. Everything lands in work/ (about 5 GB) but the published checkpoint. A run that was
-# stopped goes on where it was; a step that is done is passed over.
+# Needs espeak-ng and flite. Everything lands in work/ (some GB) but the published checkpoint. A run that was
+# stopped goes on where it was; only the evaluation and the publication are always done anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
