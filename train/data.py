@@ -89,13 +89,13 @@ def load_rows(source: str | Path, columns: Sequence[str]) -> SpeechRows:
     """
     path, _, split = str(source).partition("#")
     if Path(path).is_dir():
-        return _checked(_folder_rows(path, split, columns), str(source), columns, label="row", first=0)
+        return check_rows(_folder_rows(path, split, columns), str(source), columns, label="row", first=0)
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no manifest or datasets folder at {path!r}; check the path.")
-    return _checked(_manifest_rows(Path(path)), str(source), columns, label="line", first=1)
+    return check_rows(manifest_rows(Path(path)), str(source), columns, label="line", first=1)
 
 
-def _manifest_rows(path: Path) -> list[Any]:
+def manifest_rows(path: Path) -> list[Any]:
     """Return what every line holds: an object, None when it is blank, a ValueError when it is no JSON."""
     rows: list[Any] = []
     with open(path, encoding="utf-8-sig") as lines:
@@ -110,8 +110,12 @@ def _manifest_rows(path: Path) -> list[Any]:
     return rows
 
 
-def _folder_rows(path: str, split: str, columns: Sequence[str]) -> Any:
-    """Return the `datasets.Dataset` in a folder, its audio left encoded."""
+def open_folder(path: str, split: str) -> Any:
+    """Return the `datasets.Dataset` in a folder with all its columns; where it has several splits, the one named.
+
+    Raises:
+        ValueError: `datasets` can't read the folder, or there is no such split.
+    """
     import datasets
 
     if any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -132,6 +136,14 @@ def _folder_rows(path: str, split: str, columns: Sequence[str]) -> Any:
         found = found[split or next(iter(found))]
     elif split:
         raise ValueError(f"{path} has no splits, got {split!r}; leave #{split} out.")
+    return found
+
+
+def _folder_rows(path: str, split: str, columns: Sequence[str]) -> Any:
+    """Return the `datasets.Dataset` in a folder, its audio left encoded."""
+    import datasets
+
+    found = open_folder(path, split)
     missing = [column for column in columns if column not in found.column_names]
     if missing:
         raise ValueError(
@@ -140,8 +152,16 @@ def _folder_rows(path: str, split: str, columns: Sequence[str]) -> Any:
     return found.select_columns(list(columns)).cast_column("audio", datasets.Audio(decode=False))
 
 
-def _checked(rows: Any, source: str, columns: Sequence[str], label: str, first: int) -> SpeechRows:
-    """Return the usable rows with their durations, or refuse the source naming every row that is not usable."""
+def check_rows(rows: Any, source: str, columns: Sequence[str], label: str, first: int) -> SpeechRows:
+    """Return the usable rows with their durations, or refuse the source naming every row that is not usable.
+
+    Args:
+        rows: a `datasets.Dataset`, or a list of objects, blank lines (None) and faults (ValueError).
+        source: its name in the error.
+        columns: what every row must have, `"audio"` first; the others are text.
+        label: what a row is called in the error, `"line"` or `"row"`.
+        first: number of the first row in the error.
+    """
     places = [f"{label} {number}" for number in range(first, first + len(rows))]
     with ThreadPoolExecutor() as pool:
         checks = list(pool.map(lambda index: _check_row(rows[index], columns), range(len(rows))))
