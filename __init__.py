@@ -9,9 +9,10 @@ import sys
 try:
     from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 
+    from .audio_fastlongspeech import load_recording
     from .configuration_fastlongspeech import FastLongSpeechConfig
     from .modeling_fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechModel
-    from .processing_fastlongspeech import FastLongSpeechProcessor, load_recording
+    from .processing_fastlongspeech import FastLongSpeechProcessor
 except KeyboardInterrupt:
     if hasattr(sys, "ps1"):
         raise

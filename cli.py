@@ -20,8 +20,9 @@ from tqdm import tqdm
 from transformers import TextStreamer
 from transformers.utils import logging
 
+from .audio_fastlongspeech import FRAME_SECONDS, count_frames, load_recording
 from .modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
-from .processing_fastlongspeech import FRAME_SECONDS, FastLongSpeechProcessor, count_frames, load_recording
+from .processing_fastlongspeech import FastLongSpeechProcessor
 
 DEMO_MODEL = Path(__file__).parent / "checkpoints" / "fastlongspeech-demo"
 TRANSCRIBE = "Transcribe the speech to text without explanation:"

@@ -4,15 +4,33 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sentencepiece
+import soundfile
 import torch
 from tokenizers import pre_tokenizers
-from transformers import Qwen2Tokenizer, WhisperFeatureExtractor
+from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, Qwen2Tokenizer, WhisperFeatureExtractor
 
 from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"]
+RATE = 16000
+
+
+def speech(seconds: float, rate: int = RATE, seed: int = 0) -> np.ndarray:
+    """Tones that drift and fade, with a little noise: float32 at `rate` hertz."""
+    time = np.arange(round(seconds * rate)) / rate
+    tones = np.sin(2 * np.pi * (200 + 20 * seed) * time) * (0.5 + 0.4 * np.sin(2 * np.pi * 0.3 * time))
+    noise = np.random.default_rng(seed).normal(scale=0.01, size=time.shape)
+    return (0.3 * tones + noise).astype(np.float32)
+
+
+@pytest.fixture
+def wav(tmp_path: Path) -> Path:
+    path = tmp_path / "speech.wav"
+    soundfile.write(path, speech(1.5), RATE, subtype="FLOAT")
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -128,6 +146,18 @@ def make_model() -> Callable[..., FastLongSpeechForConditionalGeneration]:
         return model
 
     return make
+
+
+@pytest.fixture
+def model(make_model: Callable[..., FastLongSpeechForConditionalGeneration]) -> FastLongSpeechForConditionalGeneration:
+    return make_model()
+
+
+@pytest.fixture
+def stock() -> Qwen2AudioForConditionalGeneration:
+    """Qwen2-Audio as transformers has it, of the same size as `model`."""
+    torch.manual_seed(1)
+    return Qwen2AudioForConditionalGeneration(Qwen2AudioConfig(**tiny_config())).eval()
 
 
 @pytest.fixture

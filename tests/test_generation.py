@@ -17,11 +17,6 @@ Make = Callable[..., Any]
 NEW = 6
 
 
-@pytest.fixture
-def model(make_model: Make) -> Model:
-    return make_model()
-
-
 def answer(model: Model, inputs: Inputs, **options: Any) -> list[list[int]]:
     """The new tokens of greedy search; what comes before them has to be the caller's ids."""
     options = {"max_new_tokens": NEW, "do_sample": False} | options

@@ -20,18 +20,6 @@ Inputs = dict[str, Tensor]
 Make = Callable[..., Any]
 
 
-@pytest.fixture
-def model(make_model: Make) -> Model:
-    return make_model()
-
-
-@pytest.fixture
-def stock() -> Qwen2AudioForConditionalGeneration:
-    """Qwen2-Audio as transformers has it, of the same size as `model`."""
-    torch.manual_seed(1)
-    return Qwen2AudioForConditionalGeneration(Qwen2AudioConfig(**tiny_config())).eval()
-
-
 def to_old_names(folder: Path) -> None:
     """Rewrites a checkpoint with the names that transformers gave Qwen2-Audio's parameters before 5.0."""
     weights = {}
@@ -45,21 +33,6 @@ def to_old_names(folder: Path) -> None:
             name = name.replace("language_model.", "language_model.model.", 1)
         weights[name] = tensor
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def stock_frames(stock: Qwen2AudioForConditionalGeneration, audio: Inputs) -> list[Tensor]:
-    """Every window's valid frames before the last LayerNorm, by the stock encoder at 30 s with padding masked."""
-    tower = stock.model.audio_tower
-    before_norm: list[Tensor] = []
-    hook = tower.layer_norm.register_forward_pre_hook(lambda _, args: before_norm.append(args[0]))
-    frames = []
-    for features, mask in zip(audio["input_features"], audio["feature_attention_mask"], strict=True):
-        conv_frames, count = tower._get_feat_extract_output_lengths(mask.sum())
-        bias = torch.zeros(1, 1, 1500, 1500).masked_fill(torch.arange(1500) >= conv_frames, -torch.inf)
-        tower(features[None], attention_mask=bias)
-        frames.append(before_norm.pop()[0, :count])
-    hook.remove()
-    return frames
 
 
 # Checkpoints
@@ -151,33 +124,6 @@ def test_offloaded_parts(model: Model, make_audio: Make, make_prompts: Make, tmp
 # Recordings
 
 
-@pytest.mark.parametrize("windows_per_batch", [1, 3, 8])
-def test_windows_of_any_length_are_encoded_as_the_stock_encoder_does(
-    model: Model, stock: Qwen2AudioForConditionalGeneration, make_audio: Make, windows_per_batch: int
-) -> None:
-    """Odd lengths, a full window, and partial windows that are not the last of their recording."""
-    model.model.audio_tower.load_state_dict(stock.model.audio_tower.state_dict())
-    model.config.windows_per_batch = windows_per_batch
-    audio = make_audio([5], [503, 1001], [3000, 4, 7], [2999], [3], [2998, 258])
-    with torch.no_grad():
-        frames, _, lengths = model.model._encode(**audio)
-        expected = stock_frames(stock, audio)
-    counts = [len(window) for window in expected]
-    assert counts == [1, 126, 250, 750, 1, 2, 750, 1, 749, 64]
-    assert lengths.tolist() == [1, 376, 753, 750, 1, 813]
-    torch.testing.assert_close(frames, torch.cat(expected), rtol=1e-4, atol=1e-4)
-
-
-def test_an_encoder_window_reads_no_more_than_its_audio(
-    model: Model, make_audio: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[tuple[int, ...]] = []
-    layer = model.model.audio_tower.layers[0]
-    layer.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape[:2])))
-    model.get_audio_features(**make_audio([500], [3000], [490], [2000, 20]))
-    assert sorted(read) == [(1, 10), (2, 250), (2, 1500)]
-
-
 @pytest.mark.parametrize(
     ("mels", "frames"), [([2900], 725), ([3000], 750), ([3000, 100], 775), ([3000, 3000, 100], 1525), ([3], 1)]
 )
@@ -246,19 +192,6 @@ def test_variants_of_the_density(make_model: Make, make_audio: Make, fields: dic
     assert not torch.equal(
         fused.pooler_output, make_model().get_audio_features(**make_audio([900])).pooler_output[:50]
     )
-
-
-def test_the_density_is_the_same_by_one_matrix_a_few_frames_at_a_time(
-    model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And the product is made again when a weight changes."""
-    frames = torch.randn(2, 33, 16)
-    for _ in range(2):
-        hidden = model.model.audio_tower.layer_norm(frames)
-        exact = 1 - model.model.ctc_decoder(hidden).double().softmax(-1)[..., -1]
-        torch.testing.assert_close(model.model._density(frames).double(), exact, rtol=1e-5, atol=1e-6)
-        monkeypatch.setattr(modeling_fastlongspeech, "CHUNK_LOGITS", 100)
-        torch.nn.init.normal_(model.model.ctc_decoder.projector.weight)
 
 
 def test_refuses_arguments_that_do_not_fit(model: Model, make_audio: Make, make_prompts: Make) -> None:

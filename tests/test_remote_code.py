@@ -18,7 +18,7 @@ from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeec
 
 PROMPT = "<|audio_bos|><|AUDIO|><|audio_eos|>\nWhat?"
 
-CODE = {f"{part}_fastlongspeech.py" for part in ("configuration", "fusion", "modeling", "processing")}
+CODE = {path.name for path in Path(__file__).parents[1].glob("*_fastlongspeech.py")}
 DATA = {
     "chat_template.jinja",
     "config.json",

@@ -27,8 +27,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import set_seed
 
+from ..audio_fastlongspeech import count_frames
 from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
-from ..processing_fastlongspeech import FastLongSpeechProcessor, count_frames
+from ..processing_fastlongspeech import FastLongSpeechProcessor
 from .data import CTCCollator, SpeechRows, load_rows, refuse
 from .stage import DTYPES, StageArguments, StageTrainer, export, open_run, parse_settings
 

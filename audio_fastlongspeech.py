@@ -1,0 +1,168 @@
+"""Recordings of any kind, decoded: files, URLs, bytes and arrays -> mono samples at 16 kHz."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from huggingface_hub import get_session
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+FRAME_SECONDS = 0.04
+PCM_DTYPES = ("uint8", "int16", "int32")
+
+
+def load_recording(audio: Any, sampling_rate: float | None = None, target_rate: int = 16000) -> np.ndarray:
+    """Returns one recording as mono samples `(n,)`, float32, at `target_rate` hertz.
+
+    Args:
+        audio: a path, an http(s) URL or the bytes of an audio file (anything soundfile reads; anything else where
+            ffmpeg is installed); an array, tensor or list of samples, `(n,)`, `(channels, n)` or `(n, channels)`,
+            floating point or uint8/int16/int32 PCM; `{"array": ..., "sampling_rate": ...}`; or what `datasets` hands
+            out, `{"bytes": ..., "path": ...}` or a decoder of torchcodec.
+        sampling_rate: hertz of an array that does not bring its own rate; files have theirs. An array without any is
+            taken as `target_rate`, with a warning.
+        target_rate: hertz of the result.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        TypeError: `audio` is none of the above or holds no real numbers.
+        ValueError: the audio is unreadable, empty, not finite or shorter than one 40 ms frame, or the sampling rate
+            is no positive number.
+    """
+    name = str(audio) if isinstance(audio, (str, os.PathLike)) else type(audio).__name__
+    if hasattr(audio, "get_all_samples"):
+        decoded = audio.get_all_samples()
+        audio, sampling_rate = decoded.data, decoded.sample_rate
+    elif isinstance(audio, Mapping):
+        if audio.get("array") is not None:
+            sampling_rate = audio["sampling_rate"] if audio.get("sampling_rate") is not None else sampling_rate
+            audio = audio["array"]
+        elif audio.get("bytes") is not None:
+            audio = audio["bytes"]
+        elif audio.get("path") is not None:
+            name = str(audio["path"])
+            audio = audio["path"]
+        else:
+            raise TypeError(f'an audio dictionary must have "array", "bytes" or "path", got the keys {sorted(audio)}.')
+
+    if isinstance(audio, (str, os.PathLike, bytes, bytearray, memoryview)):
+        samples, sampling_rate = _decode(audio, name)
+    else:
+        samples = _to_float_samples(audio)
+        if sampling_rate is None:
+            logger.warning_once(
+                f"audio was given as an array without a sampling rate and is taken as {target_rate} Hz; "
+                "pass sampling_rate=... to say so or to have it resampled."
+            )
+            sampling_rate = target_rate
+
+    real = isinstance(sampling_rate, (int, float, np.integer, np.floating)) and not isinstance(sampling_rate, bool)
+    if not real or not 0 < sampling_rate < float("inf"):
+        raise ValueError(f"sampling_rate must be a positive number of hertz, got {sampling_rate!r}.")
+    if samples.size == 0:
+        raise ValueError(f"audio is empty: {name} holds no samples.")
+    if not np.isfinite(samples).all():
+        raise ValueError(f"audio must be finite, but {name} holds NaN or infinite samples.")
+    if samples.ndim == 2:
+        samples = samples.mean(axis=int(np.argmin(samples.shape)))  # there are fewer channels than samples
+    if sampling_rate != target_rate:
+        samples = soxr.resample(samples, sampling_rate, target_rate, quality="HQ")
+    if len(samples) < FRAME_SECONDS * target_rate:
+        raise ValueError(
+            f"audio must last at least one 40 ms frame, but {name} lasts {1000 * len(samples) / target_rate:.1f} ms."
+        )
+    return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def _to_float_samples(audio: Any) -> np.ndarray:
+    """Returns an array, tensor or list of samples as float32 `(n,)` or 2-D, PCM integers scaled to [-1, 1)."""
+    if isinstance(audio, torch.Tensor):
+        audio = audio.detach().cpu()
+        audio = audio.float().numpy() if audio.is_floating_point() else audio.numpy()
+    elif not isinstance(audio, (np.ndarray, Sequence)):
+        raise TypeError(
+            "audio must be a path, a URL, bytes, an array, a tensor or a dictionary with one of them, "
+            f"got {type(audio).__name__}."
+        )
+    array = np.asarray(audio)
+    if array.ndim not in (1, 2):
+        raise ValueError(f"audio must have the shape (samples,) or (channels, samples), got {array.shape}.")
+    if array.dtype.kind == "f" or array.size == 0:
+        with np.errstate(over="ignore"):  # an overflow becomes infinite and is refused as such
+            return array.astype(np.float32)
+    if array.dtype.name in PCM_DTYPES:
+        middle = 128 if array.dtype.name == "uint8" else 0
+        return (array.astype(np.float32) - middle) / 2.0 ** (8 * array.dtype.itemsize - 1)
+    raise TypeError(f"audio samples must be floating point or {'/'.join(PCM_DTYPES)} PCM, got {array.dtype}.")
+
+
+def _decode(audio: str | os.PathLike | bytes | bytearray | memoryview, name: str) -> tuple[np.ndarray, int]:
+    """Returns the samples `(n, channels)`, float32, and the sampling rate of an audio file, URL or bytes."""
+    if isinstance(audio, str) and audio.startswith(("http://", "https://")):
+        try:
+            audio = get_session().get(audio, follow_redirects=True, timeout=60).raise_for_status().content
+        except Exception as error:
+            raise ValueError(f"audio cannot be fetched from {name}: {error}") from error
+    if isinstance(audio, (str, os.PathLike)):
+        if not Path(audio).exists():
+            raise FileNotFoundError(f"audio file not found: {name}")
+        source: Any = os.fspath(audio)
+    else:
+        source = BytesIO(audio)
+        if not source.getbuffer().nbytes:
+            raise ValueError(f"audio is empty: {name} holds no samples.")
+    try:
+        return soundfile.read(source, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError) as error:
+        # ValueError: a FLAC written to a pipe, whose header does not say how long it is.
+        return _decode_with_ffmpeg(audio, name, error)
+
+
+def _decode_with_ffmpeg(audio: Any, name: str, error: Exception) -> tuple[np.ndarray, int]:
+    """As `_decode`, for what soundfile refused with `error` (m4a, video, ...); damaged audio is refused."""
+    if shutil.which("ffmpeg") is None:
+        raise ValueError(
+            f"audio cannot be read: soundfile cannot decode {name} ({error}); install ffmpeg for other formats."
+        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        file = audio
+        if not isinstance(audio, (str, os.PathLike)):
+            file = Path(folder, "input")  # not a pipe: ffmpeg must seek in mp4
+            file.write_bytes(audio)
+        wav = Path(folder, "output.wav")
+        command = ["ffmpeg", "-nostdin", "-v", "error", "-xerror", "-i", f"file:{os.fspath(file)}", "-map", "0:a:0"]
+        command += ["-c:a", "pcm_f32le", "-rf64", "auto", str(wav)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if done.returncode or not wav.exists():
+            reason = (done.stderr.strip().splitlines() or ["no audio found"])[-1]
+            raise ValueError(f"audio cannot be read: neither soundfile nor ffmpeg can decode {name} ({reason}).")
+        return soundfile.read(wav, dtype="float32", always_2d=True)
+
+
+def count_frames(mel_frames: np.ndarray) -> np.ndarray:
+    """Returns the 25 Hz frames the audio tower makes of windows with so many valid mel frames (0 of 2 or fewer)."""
+    after_convolution = (mel_frames - 1) // 2 + 1
+    return (after_convolution - 2) // 2 + 1
+
+
+def list_recordings(audio: Any) -> list:
+    """Returns the recordings in `audio`, one or a list of them, nested or not, as a flat list."""
+    if isinstance(audio, Sequence) and not isinstance(audio, (str, bytes, bytearray, memoryview)):
+        if len(audio) and isinstance(audio[0], (int, float, np.number)):
+            return [audio]  # the samples of one recording
+        return [recording for item in audio for recording in list_recordings(item)]
+    return [audio]
+
+
+__all__ = ["FRAME_SECONDS", "count_frames", "list_recordings", "load_recording"]
