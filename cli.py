@@ -1,7 +1,8 @@
-"""The `fastlongspeech` command: ask a question about recordings, or transcribe one.
+"""The `fastlongspeech` command: ask a question about recordings, transcribe one, or say what that would cost.
 
     fastlongspeech ask interview.mp3 "Where does Anna live?"
     fastlongspeech transcribe interview.mp3 --ctc
+    fastlongspeech cost interview.mp3 --target-length 200
 
 The answer goes to stdout; durations, windows, frames, tokens and seconds to stderr.
 """
@@ -12,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,15 @@ from transformers import TextStreamer
 from transformers.utils import logging
 
 from .audio_fastlongspeech import FRAME_SECONDS, count_frames, load_recording
+from .configuration_fastlongspeech import FastLongSpeechConfig
+from .cost import QWEN2_AUDIO_7B, ModelCost, recording_seconds
 from .modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
 from .processing_fastlongspeech import FastLongSpeechProcessor
 
 DEMO_MODEL = Path(__file__).parent / "checkpoints" / "fastlongspeech-demo"
 TRANSCRIBE = "Transcribe the speech to text without explanation:"
 MAX_NEW_TOKENS = 512
+QWEN2_AUDIO = "Qwen/Qwen2-Audio-7B-Instruct"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     logging.disable_progress_bar()
     try:
+        if arguments.run is cost:
+            return cost(arguments)
         session = Session(arguments)
         result = arguments.run(session, arguments)
         session.report_seconds()
@@ -49,16 +56,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--model", help="folder or Hub id (default: the demo model of a checkout)")
-    shared.add_argument("--target-length", type=int, metavar="L", help="frames to fuse a recording to")
-    shared.add_argument("--max-new-tokens", type=int, metavar="N", help=f"longest answer (default: {MAX_NEW_TOKENS})")
+    sizes = argparse.ArgumentParser(add_help=False)
+    sizes.add_argument("--model", help="folder or Hub id (default: the demo model of a checkout)")
+    sizes.add_argument("--target-length", type=int, metavar="L", help="frames to fuse a recording to")
+    sizes.add_argument("--max-new-tokens", type=int, metavar="N", help=f"longest answer (default: {MAX_NEW_TOKENS})")
+    sizes.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
+    shared = argparse.ArgumentParser(add_help=False, parents=[sizes])
     shared.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: an NVIDIA or AMD GPU if there is one)")
     shared.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    shared.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
 
     parser = argparse.ArgumentParser(prog="fastlongspeech", description="Ask about recordings of any duration.")
-    commands = parser.add_subparsers(required=True, metavar="ask | transcribe")
+    commands = parser.add_subparsers(required=True, metavar="ask | transcribe | cost")
     ask_parser = commands.add_parser("ask", parents=[shared], help="answer a question about recordings")
     ask_parser.add_argument("recordings", nargs="+", metavar="RECORDING", help="audio file or URL")
     ask_parser.add_argument("question", metavar="QUESTION")
@@ -67,11 +75,36 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     transcribe_parser.add_argument("recording", metavar="RECORDING", help="audio file or URL")
     transcribe_parser.add_argument("--ctc", action="store_true", help="by the CTC decoder, not the language model")
     transcribe_parser.set_defaults(run=transcribe)
+    cost_parser = commands.add_parser(
+        "cost",
+        parents=[sizes],
+        help="floating-point operations of a question about each recording, without running or loading the model",
+        description=f"No weights are read, and nothing is downloaded for --model {QWEN2_AUDIO}.",
+    )
+    cost_parser.add_argument("recordings", nargs="*", metavar="RECORDING", help="audio file or URL")
+    cost_parser.add_argument("--seconds", type=float, nargs="+", metavar="S", help="durations instead of recordings")
+    cost_parser.set_defaults(run=cost)
 
     arguments = parser.parse_args(argv)
+    if arguments.run is cost and bool(arguments.recordings) == bool(arguments.seconds):
+        cost_parser.error("give either recordings or --seconds.")
     if getattr(arguments, "ctc", False) and (arguments.target_length, arguments.max_new_tokens) != (None, None):
         transcribe_parser.error("--ctc reads every frame: --target-length and --max-new-tokens have no meaning.")
     return arguments
+
+
+def find_model(source: str | None) -> str:
+    """Returns the folder or Hub id of the model that `--model` names, the demo model's where it is None."""
+    if source is None:
+        if not (DEMO_MODEL / "config.json").exists():
+            raise ValueError(
+                f"no --model was given, and there is no demo model in {DEMO_MODEL}: an installed package carries "
+                "no weights, a checkout has them once `make recipe` is done; pass --model with a folder or Hub id."
+            )
+        return str(DEMO_MODEL)
+    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
+        raise ValueError(f"--model {source} is no folder; pass the folder of a model or a Hub id.")
+    return source
 
 
 class Session:
@@ -83,16 +116,7 @@ class Session:
         longest = MAX_NEW_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens
         self.options = {"max_new_tokens": longest, "do_sample": False}
         self.target_length = arguments.target_length
-        source = arguments.model
-        if source is not None and source.startswith((".", "/", "~")) and not Path(source).is_dir():
-            raise ValueError(f"--model {source} is no folder; pass the folder of a model or a Hub id.")
-        if source is None:
-            if not (DEMO_MODEL / "config.json").exists():
-                raise ValueError(
-                    f"no --model was given, and there is no demo model in {DEMO_MODEL}: an installed package carries "
-                    "no weights, a checkout has them once `make recipe` is done; pass --model with a folder or Hub id."
-                )
-            source = str(DEMO_MODEL)
+        source = find_model(arguments.model)
         with self.timed("loading"):
             device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")  # mps lacks segment_reduce
             try:
@@ -228,15 +252,41 @@ def transcribe(session: Session, arguments: argparse.Namespace) -> dict[str, Any
     return {"text": " ".join(window["text"] for window in windows), "windows": windows, "recordings": [facts]}
 
 
+def cost(arguments: argparse.Namespace) -> int:
+    """Prints what a question about each recording costs, from the sizes of the model alone, and returns 0."""
+    source = find_model(arguments.model)
+    sizes = FastLongSpeechConfig(**QWEN2_AUDIO_7B) if source == QWEN2_AUDIO else None
+    counter = ModelCost(sizes or FastLongSpeechConfig.from_pretrained(source))
+    longest = MAX_NEW_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens
+    durations = {name: recording_seconds(name) for name in arguments.recordings}
+    durations |= {f"{seconds:g} s": seconds for seconds in arguments.seconds or []}
+    facts = []
+    for name, seconds in durations.items():
+        costs = counter.recording(seconds, arguments.target_length, answer_tokens=longest)
+        unfused = counter.recording(seconds, compression="none", answer_tokens=longest).total
+        facts.append({"path": name, **asdict(costs), "total": costs.total, "total_without_fusion": unfused})
+        if not arguments.json:
+            print(describe_recording(name, seconds, costs.windows, costs.frames, costs.tokens))
+            for part, flops in {**costs.flops, "total": costs.total, "without fusion": unfused}.items():
+                print(f"    {part:15}{flops / 1e12:11.4g} TFLOPs {flops / costs.total:7.1%}")
+    if arguments.json:
+        print(json.dumps({"answer_tokens": longest, "recordings": facts}, ensure_ascii=False))
+    return 0
+
+
 def describe(session: Session, name: str, samples: Any, mask: torch.Tensor, tokens: int | None) -> dict[str, Any]:
     """Prints and returns what a recording is made into."""
     seconds = len(samples) / session.processor.feature_extractor.sampling_rate
     frames = int(count_frames(mask.sum(dim=1).cpu().numpy()).sum())
-    windows = "1 window" if len(mask) == 1 else f"{len(mask)} windows"
-    fused = "" if tokens is None else f" -> {tokens} tokens"
-    print(f"{name}: {seconds:.1f} s, {windows}, {frames} frames{fused}", file=sys.stderr)
+    print(describe_recording(name, seconds, len(mask), frames, tokens), file=sys.stderr)
     facts = {"path": name, "seconds": seconds, "windows": len(mask), "frames": frames}
     return facts if tokens is None else {**facts, "tokens": tokens}
+
+
+def describe_recording(name: str, seconds: float, windows: int, frames: int, tokens: int | None) -> str:
+    """Returns the line about what a recording is made into."""
+    fused = "" if tokens is None else f" -> {tokens} tokens"
+    return f"{name}: {seconds:.1f} s, {windows} window{'s' if windows > 1 else ''}, {frames} frames{fused}"
 
 
 def placeholder_counts(input_ids: torch.Tensor, audio_token_id: int) -> list[int]:

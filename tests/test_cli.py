@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,36 @@ def test_transcribe_by_the_ctc_decoder(checkpoint, recordings, capsys):
     out, err = capsys.readouterr()
     assert out == processor.ctc_decode(model.ctc_transcribe(**inputs))[0] + "\n"
     assert "31.0 s, 2 windows, 775 frames\n" in err
+
+
+def test_cost_needs_no_weights(checkpoint, recordings, capsys, tmp_path):
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    command = ["cost", *recordings, "--model", tmp_path, "--target-length", 20]
+    assert run(*command) == 0
+    out = capsys.readouterr().out
+    assert f"{recordings[0]}: 31.0 s, 2 windows, 775 frames -> 20 tokens\n" in out
+    assert f"{recordings[1]}: 2.0 s, 1 window, 50 frames -> 20 tokens\n" in out
+    assert re.search(r"^    encoder +[\d.e-]+ TFLOPs +[\d.]+%$", out, re.MULTILINE)
+    assert re.search(r"^    without fusion +[\d.e-]+ TFLOPs +[\d.]+%$", out, re.MULTILINE)
+
+    assert run(*command, "--json", "--max-new-tokens", 8) == 0
+    costs = json.loads(capsys.readouterr().out)
+    first = costs["recordings"][0]
+    assert costs["answer_tokens"] == 8
+    assert (first["path"], first["seconds"], first["windows"], first["tokens"]) == (recordings[0], 31.0, 2, 20)
+    assert first["total"] == sum(first["flops"].values()) < first["total_without_fusion"]
+
+
+def test_cost_of_durations(checkpoint, capsys):
+    assert run("cost", "--seconds", 3600, 0.5, "--model", checkpoint) == 0
+    out = capsys.readouterr().out
+    assert "3600 s: 3600.0 s, 120 windows, 90000 frames -> 750 tokens\n" in out
+    assert "0.5 s: 0.5 s, 1 window, 12 frames -> 12 tokens\n" in out
+    with pytest.raises(SystemExit):
+        run("cost", "--model", checkpoint)
+    assert "give either recordings or --seconds" in capsys.readouterr().err
+    assert run("cost", "--seconds", "-1", "--model", checkpoint) == 1
+    assert "at least one 40 ms frame, got -1" in capsys.readouterr().err
 
 
 def test_an_answer_that_was_stopped_is_said_to_be(checkpoint, recordings, capsys):
