@@ -24,9 +24,10 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from .audio_fastlongspeech import FRAME_SECONDS, count_frames, load_recording
+from .compression_fastlongspeech import COMPRESSIONS
 from .configuration_fastlongspeech import FastLongSpeechConfig
 from .encoder_fastlongspeech import FastLongSpeechEncoder
-from .fusion_fastlongspeech import COMPRESSIONS, content_density
+from .fusion_fastlongspeech import content_density
 from .modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
 
 # What Qwen2-Audio's chat template writes around a recording (27 tokens) and a question of a dozen words.
@@ -197,7 +198,7 @@ class ModelCost:
             return content_density(F.linear(hidden, one, one[:, 0]) if product else model.ctc_decoder(hidden))
 
         def compress() -> Any:
-            return COMPRESSIONS[compression](
+            return iterative_fusion(
                 self._empty(1, frames, self._audio.d_model),
                 torch.tensor([frames]),
                 self.config.target_length if target_length is None else target_length,
