@@ -1,8 +1,9 @@
-"""The `fastlongspeech` command: ask a question about recordings, transcribe one, or say what that would cost.
+"""The `fastlongspeech` command: ask about recordings, transcribe one, say what that costs, or score a model.
 
     fastlongspeech ask interview.mp3 "Where does Anna live?"
     fastlongspeech transcribe interview.mp3 --ctc
     fastlongspeech cost interview.mp3 --target-length 200
+    fastlongspeech evaluate --task qa --data questions.jsonl --model MODEL --output FOLDER
 
 The answer goes to stdout; durations, windows, frames, tokens and seconds to stderr.
 """
@@ -36,9 +37,12 @@ QWEN2_AUDIO = "Qwen/Qwen2-Audio-7B-Instruct"
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status: 1 after an error, 130 after Ctrl-C."""
-    arguments = parse_arguments(argv)
+    argv = sys.argv[1:] if argv is None else argv
     logging.disable_progress_bar()
     try:
+        if argv[:1] == ["evaluate"]:
+            return evaluate(argv[1:])
+        arguments = parse_arguments(argv)
         if arguments.run is cost:
             return cost(arguments)
         session = Session(arguments)
@@ -66,7 +70,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     shared.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
 
     parser = argparse.ArgumentParser(prog="fastlongspeech", description="Ask about recordings of any duration.")
-    commands = parser.add_subparsers(required=True, metavar="ask | transcribe | cost")
+    commands = parser.add_subparsers(required=True, metavar="ask | transcribe | cost | evaluate")
     ask_parser = commands.add_parser("ask", parents=[shared], help="answer a question about recordings")
     ask_parser.add_argument("recordings", nargs="+", metavar="RECORDING", help="audio file or URL")
     ask_parser.add_argument("question", metavar="QUESTION")
@@ -84,6 +88,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     cost_parser.add_argument("recordings", nargs="*", metavar="RECORDING", help="audio file or URL")
     cost_parser.add_argument("--seconds", type=float, nargs="+", metavar="S", help="durations instead of recordings")
     cost_parser.set_defaults(run=cost)
+    commands.add_parser("evaluate", add_help=False, help="score a model on a benchmark; see evaluate --help")
 
     arguments = parser.parse_args(argv)
     if arguments.run is cost and bool(arguments.recordings) == bool(arguments.seconds):
@@ -271,6 +276,18 @@ def cost(arguments: argparse.Namespace) -> int:
                 print(f"    {part:15}{flops / 1e12:11.4g} TFLOPs {flops / costs.total:7.1%}")
     if arguments.json:
         print(json.dumps({"answer_tokens": longest, "recordings": facts}, ensure_ascii=False))
+    return 0
+
+
+def evaluate(argv: list[str]) -> int:
+    """Scores a model on a benchmark, by the arguments of `evaluation/run.py`, and returns 0."""
+    try:
+        from .evaluation.run import main as run
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"evaluate needs {error.name}, which is missing; install it with: pip install 'fastlongspeech[eval]'."
+        ) from error
+    run(argv)
     return 0
 
 

@@ -98,13 +98,14 @@ def speak(sentence: str, voice: Voice, speed: float) -> np.ndarray:
     return samples[loud[0] : loud[-1] + 1]
 
 
-def record(split_name: str, index: int) -> tuple[np.ndarray, dict]:
+def record(split_name: str, index: int, split: Split | None = None) -> tuple[np.ndarray, dict]:
     """Returns recording ``index`` of a split: float32 samples at 16 kHz, and its description.
 
     One voice, its own speed, pitch of pauses, loudness and a light noise floor. The description names for every
-    sentence its start and end in seconds, and for every fact its question and answer.
+    sentence its start and end in seconds, and for every fact its question and answer. ``split`` describes a split that
+    is not among ``SPLITS``.
     """
-    split = SPLITS[split_name]
+    split = split or SPLITS[split_name]
     rng = random.Random(f"{split_name}-{index}")
     voice, speed = rng.choice(VOICES), rng.uniform(0.85, 1.15)
     seconds = rng.uniform(*split.seconds)

@@ -1,0 +1,1 @@
+"""Benchmarks, scores, the LLM judge and the `fastlongspeech evaluate` command (extra `eval`)."""

@@ -1,0 +1,277 @@
+"""Benchmarks read into one form: a recording, a question about it and the reference answers.
+
+| task | source |
+|---|---|
+| `qa`, `longspeech-eval` | `audio`, `question`, `answer` (or `answers`: a text, or a list of equally good ones) |
+| `choice` | the same and `choices`, a list of texts one of which is the answer |
+| `asr` | `audio`, `text` |
+| `meld` | MELD's CSV (`Dialogue_ID`, `Utterance_ID`, `Emotion`); recordings named `dia0_utt0.wav` |
+| `air-bench` | AIR-Bench's `Chat_meta.json`; the subset is its task and dataset, such as `speech_QA_iemocap` |
+| `librisqa` | LibriSQA's JSON, part I (questions) or part II (choices A to D) |
+| `openasqa` | OpenASQA's JSON (`audio_id`, `instruction`, `output`) |
+
+A source is a JSON-lines manifest, a JSON file with a list of objects, a CSV file, a `datasets` folder or the name of a
+dataset on the Hub; `#name` behind it names a split. Recordings are read when they are asked for.
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..cli import TRANSCRIBE
+from ..train.data import check_rows, manifest_rows, open_folder, refuse
+
+EMOTIONS = ["Anger", "Disgust", "Fear", "Joy", "Neutral", "Sadness", "Surprise"]
+EMOTION_QUESTION = f"Given the Choices: [{', '.join(EMOTIONS)}]. What is the emotion in the audio?"  # Appendix B.2
+NOTES = ("id", "uniq_id", "kind", "time", "task", "dataset")  # what predictions repeat of a row
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about one recording.
+
+    Attributes:
+        row: number of the row in the benchmark, from 0.
+        recording: the same text for every question about the same recording.
+        duration: seconds.
+        question: what the model is asked.
+        answers: equally good references; for a transcription the transcript.
+        choices: the texts one of which is the answer; empty for a free answer.
+        notes: what else the row says of the question, such as its `kind`.
+    """
+
+    row: int
+    recording: str
+    duration: float
+    question: str
+    answers: list[str]
+    choices: list[str]
+    notes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The checked examples of a task.
+
+    Attributes:
+        metric: what the answers are scored by: `"answer"`, `"choice"` or `"transcript"`.
+        examples: in the order of the source.
+        rows: the rows they come from.
+    """
+
+    metric: str
+    examples: list[Example]
+    rows: Any
+
+    def audio(self, example: Example) -> Any:
+        """Returns the recording of an example, as `load_recording` takes it."""
+        return self.rows[example.row]["audio"]
+
+
+def load_benchmark(
+    task: str,
+    source: str | Path,
+    subset: str | None = None,
+    audio_root: str | Path | None = None,
+    limit: int | None = None,
+) -> Benchmark:
+    """Returns the examples of a task.
+
+    Args:
+        task: one of `TASKS`.
+        source: see above.
+        subset: the configuration of a dataset on the Hub, such as `clean`; for AIR-Bench its task and dataset.
+        audio_root: the folder that the recordings' names are relative to; by default the source's own.
+        limit: only the first so many rows.
+
+    Raises:
+        ValueError: the source can't be read, or rows are not usable; every bad row is named with the remedy.
+    """
+    form = TASKS[task]
+    path, _, split = str(source).partition("#")
+    root = Path(path).parent if audio_root is None else Path(audio_root)
+    label, first, raw = "row", 0, _raw_rows(path, split, None if task == "air-bench" else subset)
+    if path.endswith(".jsonl"):
+        label, first = "line", 1
+    if task == "air-bench" and subset is not None:
+        raw = [row for row in raw if f"{row.get('task_name')}_{row.get('dataset_name')}" == subset]
+        if not raw:
+            raise ValueError(f"{source} has no rows of {subset}; name a task and its dataset: speech_QA_iemocap.")
+    if isinstance(raw, list):
+        raw = raw[:limit]
+        formed = [form(row, root) if isinstance(row, dict) else row for row in raw]
+        notes = [row for row in raw if row is not None]
+        checked = check_rows(formed, str(source), ["audio"], label, first)
+        formed = [row for row in formed if row is not None]
+    else:
+        raw = raw if limit is None else raw.select(range(min(limit, len(raw))))
+        notes = raw.remove_columns("audio").to_list()
+        formed = [form(row | {"audio": None}, root) for row in notes]
+        checked = check_rows(raw, str(source), ["audio"], label, first)
+    refuse(
+        str(source),
+        [f"{place} {fault}" for place, row in zip(checked.places, formed, strict=True) for fault in _faults(row)],
+    )
+    examples = [
+        Example(
+            row=number,
+            recording=_identify(checked.rows[number]["audio"]),
+            duration=duration,
+            question=row["question"],
+            answers=_listed(row["answers"]),
+            choices=row["choices"],
+            notes={name: said[name] for name in NOTES if said.get(name) is not None},
+        )
+        for number, (row, said, duration) in enumerate(zip(formed, notes, checked.durations, strict=True))
+    ]
+    metric = "transcript" if task == "asr" else "choice" if examples[0].choices else "answer"
+    return Benchmark(metric, examples, checked.rows)
+
+
+def _raw_rows(path: str, split: str, subset: str | None) -> Any:
+    """Returns a list of objects, or a `datasets.Dataset` with encoded `audio`."""
+    import datasets
+
+    if Path(path).is_file():
+        if path.endswith(".json"):
+            rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            if not isinstance(rows, list):
+                raise ValueError(f"{path} holds no list of objects; write one, or JSON lines into a .jsonl file.")
+            return rows
+        if path.endswith(".csv"):
+            with open(path, encoding="utf-8-sig", newline="") as lines:
+                return list(csv.DictReader(lines))
+        return manifest_rows(Path(path))
+    if Path(path).is_dir():
+        found = open_folder(path, split)
+    else:
+        try:
+            found = datasets.load_dataset(path, subset, split=split or None)
+        except Exception as error:  # whatever the Hub, the network or the dataset's files raise
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"data {path} is no file or folder, and can't be loaded from the Hub: {reason}"
+            ) from error
+        if isinstance(found, datasets.DatasetDict):
+            if len(found) > 1:
+                raise ValueError(
+                    f"{path} has the splits {', '.join(found)}; name one, as in {path}#{next(iter(found))}."
+                )
+            found = next(iter(found.values()))
+    if "audio" not in found.column_names:
+        return found.to_list()
+    return found.cast_column("audio", datasets.Audio(decode=False))
+
+
+def _identify(audio: Any) -> str:
+    """Returns a text that is the same for the same recording: its path, or a digest of its bytes."""
+    if isinstance(audio, dict):
+        return hashlib.sha1(audio["bytes"]).hexdigest() if audio.get("bytes") else str(audio["path"])
+    return str(audio)
+
+
+def _listed(answers: Any) -> list[str]:
+    return [answers] if isinstance(answers, str) else list(answers)
+
+
+def _faults(row: dict[str, Any]) -> list[str]:
+    """Returns what is wrong with a row beside its recording, and how to mend it."""
+    question, answers, choices = row["question"], row["answers"], row["choices"]
+    if not isinstance(question, str) or not question.strip():
+        return [f"has the question {question!r}; it must be text that is not empty"]
+    answers = [answers] if isinstance(answers, str) else answers
+    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+        return [f"has the answer {row['answers']!r}; it must be text, or a list of texts, that is not empty"]
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        return [f"has the choices {choices!r}; they must be a list of texts"]
+    if choices and not set(answers) <= set(choices):
+        return [f"has the answer {row['answers']!r}, which is none of its choices {choices}"]
+    return []
+
+
+def _find(root: Path, name: Any, folder: str = "") -> Any:
+    """Returns the path of a recording that a benchmark names, on a machine where its folders differ.
+
+    The name under `root` (in `folder`), the name alone, or the name under `root` without its first folders; with
+    .flac for .wav as well. Where there is none, the first of these.
+    """
+    if not isinstance(name, str) or not name:
+        return name
+    parts = Path(name).parts
+    places = [root / folder / name, Path(name)]
+    places += [root.joinpath(*parts[first:]) for first in range(1, len(parts))]
+    for place in places:
+        for path in (place, place.with_suffix(".flac")):
+            if path.is_file():
+                return str(path)
+    return str(places[0])
+
+
+def _question(row: dict[str, Any], root: Path) -> dict[str, Any]:
+    return {
+        "audio": _find(root, row.get("audio", row.get("path"))),
+        "question": row.get("question"),
+        "answers": row.get("answers", row.get("answer")),
+        "choices": [],
+    }
+
+
+def _choice(row: dict[str, Any], root: Path) -> dict[str, Any]:
+    return _question(row, root) | {"choices": row.get("choices")}
+
+
+def _transcription(row: dict[str, Any], root: Path) -> dict[str, Any]:
+    audio = _find(root, row.get("audio"))
+    return {"audio": audio, "question": TRANSCRIBE, "answers": row.get("text"), "choices": []}
+
+
+def _meld(row: dict[str, Any], root: Path) -> dict[str, Any]:
+    return {
+        "audio": _find(root, f"dia{row.get('Dialogue_ID')}_utt{row.get('Utterance_ID')}.wav"),
+        "question": EMOTION_QUESTION,
+        "answers": str(row.get("Emotion")).capitalize(),
+        "choices": EMOTIONS,
+    }
+
+
+def _air_bench(row: dict[str, Any], root: Path) -> dict[str, Any]:
+    return {
+        "audio": _find(root, row.get("path"), f"{row.get('task_name')}_{row.get('dataset_name')}"),
+        "question": row.get("question"),
+        "answers": row.get("answer_gt"),
+        "choices": [],
+    }
+
+
+def _librisqa(row: dict[str, Any], root: Path) -> dict[str, Any]:
+    return {
+        "audio": _find(root, row.get("speech_path")),
+        "question": row.get("question", row.get("question_and_option")),
+        "answers": row.get("answer"),
+        "choices": list("ABCD") if "question_and_option" in row else [],
+    }
+
+
+def _openasqa(row: dict[str, Any], root: Path) -> dict[str, Any]:
+    return {
+        "audio": _find(root, row.get("audio_id")),
+        "question": row.get("instruction"),
+        "answers": row.get("output"),
+        "choices": [],
+    }
+
+
+TASKS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
+    "qa": _question,
+    "longspeech-eval": _question,
+    "choice": _choice,
+    "asr": _transcription,
+    "meld": _meld,
+    "air-bench": _air_bench,
+    "librisqa": _librisqa,
+    "openasqa": _openasqa,
+}

@@ -1,0 +1,39 @@
+"""A JSON-lines file that is written as results come, and read again after its writer was killed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_journal(path: str | Path) -> list[dict[str, Any]]:
+    """Returns the objects in a file, none where there is no file; a last line that was cut short is not among them."""
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1] if line.strip()]
+
+
+class Journal:
+    """Appends objects to a file, each at once on the disk; what is left of a line cut short is removed first.
+
+    Args:
+        path: the file; it and its folder are made where they are missing.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "ab+")
+        self.file.seek(0)
+        complete = self.file.read().rfind(b"\n") + 1
+        self.file.truncate(complete)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Writes one object."""
+        self.file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        self.file.flush()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()

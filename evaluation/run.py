@@ -1,0 +1,210 @@
+"""Asks a model the questions of a benchmark and scores its answers.
+
+    fastlongspeech evaluate --task qa --data short/qa.jsonl --model checkpoints/fastlongspeech-demo \\
+        --compression iterative_fusion --target-length 200 --output results/short-200
+    accelerate launch --num_processes 4 -m fastlongspeech evaluate ...
+
+Into the output folder: `predictions.jsonl`, every answer with its scores; `verdicts.jsonl`, the judge's replies;
+`summary.json`, the figures with the settings and versions, printed as well. A run that was stopped goes on where it
+was; the same command again, with a judge, adds the judge's scores.
+"""
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from ..cli import MAX_NEW_TOKENS
+from ..configuration_fastlongspeech import FastLongSpeechConfig
+from ..modeling_fastlongspeech import COMPRESSIONS, FastLongSpeechForConditionalGeneration
+from ..processing_fastlongspeech import FastLongSpeechProcessor
+from .answering import METHODS, Answerer
+from .benchmarks import TASKS, Benchmark, Example, load_benchmark
+from .chat import Chat
+from .journal import Journal
+from .judge import judge, read_template
+from .report import read_predictions, save_predictions, score_predictions, summarize
+
+PACKAGES = ("fastlongspeech", "torch", "transformers", "accelerate", "datasets", "jiwer", "openai", "numpy")
+SETTINGS = "settings.json"
+# What the predictions in an output folder depend on.
+DECISIVE = ("task", "data", "subset", "audio_root", "model", "dtype", "compression", "target_length", "max_new_tokens")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="fastlongspeech evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", required=True, choices=list(TASKS), help="form of the data and kind of score")
+    parser.add_argument("--data", required=True, help="manifest, JSON, CSV, datasets folder or Hub name; #split")
+    parser.add_argument("--subset", help="configuration of a Hub dataset, or AIR-Bench's task and dataset")
+    parser.add_argument("--audio-root", metavar="DIR", help="what recordings are relative to (default: the data's)")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N rows only")
+    parser.add_argument("--model", required=True, help="folder or Hub id")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--device", help="default: this process's GPU, else the CPU")
+    parser.add_argument(
+        "--compression",
+        default="iterative_fusion",
+        choices=[*COMPRESSIONS, "none", *METHODS],
+        help="; ".join(f"{name}: {what}" for name, what in METHODS.items()),
+    )
+    parser.add_argument("--target-length", type=int, metavar="L", help="frames to fuse to (default: the model's)")
+    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="longest answer")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions at a time")
+    parser.add_argument("--spellings", metavar="JSON", help="Whisper's normalizer.json, for British spellings")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--judge", action="store_true", help="score the answers 1 to 5 by a language model")
+    parser.add_argument("--judge-model", help="its name (default: $OPENAI_MODEL)")
+    parser.add_argument("--judge-url", help="OpenAI-compatible endpoint (default: $OPENAI_BASE_URL)")
+    parser.add_argument("--judge-key", help="default: $OPENAI_API_KEY")
+    parser.add_argument("--judge-template", metavar="FILE", help="prompt with {question}, {reference}, {response}")
+    parser.add_argument("--judge-workers", type=int, default=8, metavar="N", help="requests at a time")
+    arguments = parser.parse_args(argv)
+    for name in ("limit", "batch_size", "max_new_tokens", "judge_workers", "target_length"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be 1 or more, got {value}.")
+    method = arguments.compression
+    if arguments.target_length is not None and method not in COMPRESSIONS:
+        parser.error(f"--target-length has no meaning with --compression {method}; leave it out.")
+    if method == "ctc" and arguments.task != "asr" or "cascade" in method and arguments.task == "asr":
+        parser.error(f"--compression {method} is {'not ' if arguments.task == 'asr' else ''}for --task asr.")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `fastlongspeech evaluate`.
+
+    Raises:
+        ValueError: an argument, the data or the judge's endpoint can't be used.
+    """
+    arguments = parse_arguments(argv)
+    state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
+    benchmark = load_benchmark(arguments.task, arguments.data, arguments.subset, arguments.audio_root, arguments.limit)
+    chat, template = None, ""
+    if arguments.judge:
+        if benchmark.metric != "answer":
+            raise ValueError(f"--judge is for free answers; the rows of {arguments.data} have others; leave it out.")
+        chat = Chat(arguments.judge_model, arguments.judge_url, arguments.judge_key)
+        template = read_template(arguments.judge_template)
+
+    predict(arguments, benchmark, state)
+    if state.is_main_process:
+        settings = json.loads((arguments.output / SETTINGS).read_text(encoding="utf-8"))
+        rows = read_predictions(arguments.output, benchmark)
+        score_predictions(rows, benchmark.metric, arguments.spellings)
+        settings["run"]["spellings"] = arguments.spellings
+        if chat is not None:
+            verdicts = arguments.output / "verdicts.jsonl"
+            for row, score in zip(rows, judge(rows, chat, template, verdicts, arguments.judge_workers), strict=True):
+                row["judge"] = score
+            settings["run"] |= {"judge_model": chat.model, "judge_template": arguments.judge_template}
+        save_predictions(arguments.output, rows)
+        text = json.dumps(summarize(rows, benchmark.metric) | settings, indent=1, ensure_ascii=False)
+        (arguments.output / "summary.json").write_text(text + "\n", encoding="utf-8")
+        print(text)
+    state.wait_for_everyone()
+
+
+def predict(arguments: argparse.Namespace, benchmark: Benchmark, state: Any) -> None:
+    """Answers the questions that have no prediction in the output folder yet.
+
+    Every process of `state` takes every so many batches and writes a file of its own.
+    """
+    output = arguments.output
+    decisive = {name: getattr(arguments, name) for name in DECISIVE}
+    if state.is_main_process:
+        _keep_settings(output, decisive)
+    done = {row["row"] for row in read_predictions(output, benchmark)}
+    state.wait_for_everyone()  # no process writes before all have read
+
+    waiting = [example for example in benchmark.examples if example.row not in done]
+    if waiting:
+        device = arguments.device or str(state.device)
+        processor = FastLongSpeechProcessor.from_pretrained(arguments.model)
+        config = FastLongSpeechConfig.from_pretrained(arguments.model)
+        if arguments.compression == "ntk_rope":
+            config = config.with_ntk_rope()
+        model = FastLongSpeechForConditionalGeneration.from_pretrained(
+            arguments.model, config=config, dtype=arguments.dtype
+        )
+        model = model.to(device).eval()
+        answerer = Answerer(model, processor, arguments.compression, arguments.target_length, arguments.max_new_tokens)
+        examples = benchmark.examples
+        answerer.prepare([example.question for example in examples], [example.duration for example in examples])
+        if state.is_main_process:
+            run = decisive | {
+                "target_length": answerer.target_length,
+                "batch_size": arguments.batch_size,
+                "processes": state.num_processes,
+                "device": device,
+                "dtype": str(model.dtype),
+                "generation_config": model.generation_config.to_diff_dict(),
+            }
+            _write_json(output / SETTINGS, {"arguments": decisive, "run": run, "versions": versions()})
+        batches = make_batches(waiting, arguments.batch_size)[state.process_index :: state.num_processes]
+        total = sum(map(len, batches))
+        with (
+            Journal(output / f"predictions.part{state.process_index}.jsonl") as journal,
+            tqdm(desc="answering", total=total, unit="question", disable=not state.is_main_process) as bar,
+        ):
+            for batch in batches:
+                answers = answerer.answer(
+                    [example.question for example in batch],
+                    [example.recording for example in batch],
+                    [benchmark.audio(example) for example in batch],
+                )
+                for example, (text, ended) in zip(batch, answers, strict=True):
+                    journal.append(_described(example) | {"prediction": text, "ended": ended})
+                bar.update(len(batch))
+    state.wait_for_everyone()
+
+
+def make_batches(examples: Sequence[Example], size: int) -> list[list[Example]]:
+    """Returns the examples in batches, those about the same recording side by side, the longest recordings first."""
+    ordered = sorted(examples, key=lambda example: (-example.duration, example.recording, example.row))
+    return [ordered[first : first + size] for first in range(0, len(ordered), size)]
+
+
+def _described(example: Example) -> dict[str, Any]:
+    """Returns what a prediction repeats of its example."""
+    row = {
+        "row": example.row,
+        "recording": example.recording,
+        "duration": round(example.duration, 3),
+        "question": example.question,
+        "answers": example.answers,
+    }
+    return row | ({"choices": example.choices} if example.choices else {}) | example.notes
+
+
+def _keep_settings(output: Path, decisive: dict[str, Any]) -> None:
+    """Notes what the predictions depend on, or refuses a folder whose predictions were made otherwise."""
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / SETTINGS
+    if not path.exists():
+        _write_json(path, {"arguments": decisive, "run": decisive, "versions": versions()})
+        return
+    noted = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+    changed = [
+        f"{name} {noted.get(name)!r}, not {decisive[name]!r}" for name in DECISIVE if noted.get(name) != decisive[name]
+    ]
+    if changed:
+        raise ValueError(f"--output {output} holds predictions with {'; '.join(changed)}; name another folder.")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that a figure may depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
