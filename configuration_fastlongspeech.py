@@ -1,10 +1,13 @@
 """Configuration of FastLongSpeech: a Qwen2-Audio configuration, the CTC decoder and the iterative fusion."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict, validated_field
 from transformers.models.qwen2_audio.configuration_qwen2_audio import Qwen2AudioConfig
+
+from .compression_fastlongspeech import check_compression
 
 
 def _one_of(*choices: str) -> Callable[[str], None]:
@@ -39,7 +42,9 @@ class FastLongSpeechConfig(Qwen2AudioConfig):
         ctc_projector: whether the CTC decoder has a projector of its own to the width of the language model;
             without, it reads the output of the multimodal projector.
         content_density: `"ctc"` (Eq. 3, a trained CTC decoder) or `"uniform"` (every frame weighs 1).
-        compression: what shortens a recording when a call names nothing: `"iterative_fusion"` or `"none"`.
+        compression: what shortens a recording when a call names nothing, see `compression_fastlongspeech.py`:
+            `"iterative_fusion"`, a rival (`"random"`, `"average_pooling"`, `"most_similar"`, `"adjacent_merging"`), an
+            ablation (`"single_step_fusion"`, `"uniform_density"`), or `"none"` to keep every frame.
         target_length: L, the frames (40 ms each before fusion) a recording is fused to when a call names no other.
         target_lengths: the values L is drawn from in training.
         fusion_schedule: `"halving"` (Eq. 5) or `"ladder"` (the rungs of `fusion_ladder` below the current length,
@@ -56,7 +61,7 @@ class FastLongSpeechConfig(Qwen2AudioConfig):
     ctc_vocab_size: int = validated_field(_at_least(0), default=10_000)
     ctc_projector: bool = True
     content_density: str = validated_field(_one_of("ctc", "uniform"), default="ctc")
-    compression: str = validated_field(_one_of("iterative_fusion", "none"), default="iterative_fusion")
+    compression: str = validated_field(check_compression, default="iterative_fusion")
     target_length: int = validated_field(_at_least(1), default=750)
     target_lengths: list[int] | tuple[int, ...] = validated_field(_lengths, default=(750, 400, 200, 100, 50, 25, 12))
     fusion_schedule: str = validated_field(_one_of("halving", "ladder"), default="halving")
@@ -89,6 +94,52 @@ class FastLongSpeechConfig(Qwen2AudioConfig):
             "AutoModelForMultimodalLM": "modeling_fastlongspeech.FastLongSpeechForConditionalGeneration",
         }
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def with_ntk_rope(self, window: int = 750) -> "FastLongSpeechConfig":
+        """Returns a copy whose language model reads as many positions as it can hold as if they were `window`.
+
+        The paper's NTK-RoPE: the base of the rotary positions becomes theta' = theta (context / window)^(d / (d - 2)),
+        once and for all lengths, where context is `max_position_embeddings` and d the size of a head. Load the model
+        with it and call it with `target_length=config.fit_length(...)`: recordings that fit keep every frame, others
+        are fused to fit.
+
+        Args:
+            window: positions to stretch, as many as the model has learnt to read well; 750 frames are 30 s.
+
+        Raises:
+            ValueError: `window` is no positive number up to the context, or the positions are scaled in another way.
+        """
+        config = copy.deepcopy(self)
+        text = config.get_text_config()
+        rope, context = text.rope_parameters, text.max_position_embeddings
+        if not 1 <= window <= context:
+            raise ValueError(f"window must lie between 1 and the language model's context of {context}, got {window}.")
+        if rope["rope_type"] != "default":
+            raise ValueError(
+                f"text_config.rope_parameters have the type {rope['rope_type']!r}; NTK-RoPE needs those of a model "
+                'whose positions are not scaled yet, "default".'
+            )
+        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        theta = rope["rope_theta"] * (context / window) ** (dim / (dim - 2))
+        text.rope_parameters = {**rope, "rope_theta": theta}
+        return config
+
+    def fit_length(self, other_tokens: int) -> int:
+        """Returns the frames that fit into the language model's context beside `other_tokens`, as a `target_length`.
+
+        Args:
+            other_tokens: tokens of the prompt without its placeholders, and of the answer (`max_new_tokens`).
+
+        Raises:
+            ValueError: not one frame fits.
+        """
+        context = self.get_text_config().max_position_embeddings
+        if other_tokens >= context:
+            raise ValueError(
+                f"other_tokens must leave a frame of the language model's context of {context}, got {other_tokens}; "
+                "shorten the prompt or the answer."
+            )
+        return context - other_tokens
 
     @property
     def ctc_blank(self) -> int:

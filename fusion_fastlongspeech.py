@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DensityFunction = Callable[[Tensor], Tensor]
+WeightsFunction = Callable[[Tensor, Tensor], Tensor]
+PairsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class FusedFrames(NamedTuple):
@@ -53,34 +55,51 @@ def iterative_fusion(
     Raises:
         ValueError: `target_length` is below 1, or the schedule is unknown.
     """
-    device, dtype = frames.device, frames.dtype
-    targets = torch.as_tensor(target_length, device="cpu").expand(len(frames))
-    if len(targets) and int(targets.min()) < 1:
-        raise ValueError(f"target_length must be a positive integer, got {int(targets.min())}.")
-
+    targets = expand_targets(target_length, len(frames))
     plan = [lengths.to("cpu", torch.int64)]  # every round's lengths: the only time that the host waits for the device
     while bool((plan[-1] > targets).any()):
         plan.append(next_lengths(plan[-1], targets, schedule, ladder))
+    return fuse(frames, plan, lambda fused, _: density_fn(fused), most_similar_pairs)
+
+
+def fuse(frames: Tensor, plan: list[Tensor], weights_fn: WeightsFunction, pairs_fn: PairsFunction) -> FusedFrames:
+    """Fuses recordings in rounds, each from the lengths of `plan` to those that come next in it.
+
+    Args:
+        frames: `(B, T, D)` floating point; what lies past a recording's length is ignored.
+        plan: the lengths `(B,)` int64 on the CPU, at first and after every round.
+        weights_fn: weights `(B, T)` of frames `(B, T, D)`, in the dtype of `frames`, each of which stands for a number
+            `(B, T)` of the recording's own; asked in every round, and treated as a constant by autograd.
+        pairs_fn: chooses the neighbours to glue, as `most_similar_pairs` does.
+    """
+    device, dtype = frames.device, frames.dtype
     widths = [int(shorter.max()) for shorter in plan[1:]]
     lengths, *rounds = torch.stack(plan).to(device)
-
-    width = frames.shape[1]
-    starts = torch.arange(width, device=device).expand(len(frames), width)
-    frames = frames.float().masked_fill(~_valid(lengths, width)[..., None], 0.0)
     ends_at = lengths[:, None]
+    width = frames.shape[1]
+    starts = torch.arange(width, device=device).minimum(ends_at)
+    frames = frames.float().masked_fill(~valid_positions(lengths, width)[..., None], 0.0)
     for shorter, width in zip(rounds, widths, strict=True):
         with torch.no_grad():
-            density = density_fn(frames.to(dtype)).detach().to(device, torch.float32)
-            sizes = span_sizes(similarities(frames), lengths, shorter, width)
+            members = torch.diff(starts, append=ends_at)
+            weights = weights_fn(frames.to(dtype), members).detach().to(device, torch.float32)
+            glued = pairs_fn(similarities(frames), lengths, lengths - shorter)
+            sizes = span_sizes(glued, lengths, width)
         starts = starts.gather(1, (sizes.cumsum(1) - sizes).clamp(max=starts.shape[1] - 1)[:, :width])
-        fused = weighted_means(frames, density, sizes)[:, :width]
+        starts = torch.where(valid_positions(shorter, width), starts, ends_at)
+        fused = weighted_means(frames, weights, sizes)[:, :width]
         frames = torch.where((shorter < lengths)[:, None, None], fused, frames[:, :width])
         lengths = shorter
-
-    valid = _valid(lengths, width)
-    starts = torch.where(valid, starts, ends_at)
     spans = torch.stack((starts, torch.cat((starts[:, 1:], ends_at), dim=1)), dim=-1)
     return FusedFrames(frames.to(dtype), lengths, spans)
+
+
+def expand_targets(target_length: int | Tensor, recordings: int) -> Tensor:
+    """Returns L of every recording, `(B,)` on the CPU, from one for all or `(B,)`; below 1 it is a ValueError."""
+    targets = torch.as_tensor(target_length, device="cpu").expand(recordings)
+    if recordings and int(targets.min()) < 1:
+        raise ValueError(f"target_length must be a positive integer, got {int(targets.min())}.")
+    return targets
 
 
 def content_density(ctc_logits: Tensor) -> Tensor:
@@ -118,25 +137,39 @@ def next_lengths(lengths: Tensor, targets: Tensor, schedule: str, ladder: Sequen
     return torch.minimum(shorter, lengths)
 
 
-def span_sizes(similarity: Tensor, lengths: Tensor, shorter: Tensor, width: int) -> Tensor:
-    """Returns how many frames each span holds, `(B, width + 1)`; the last column counts the padding.
-
-    The r(m) = T(m) - T(m+1) (Eq. 6) most similar pairs are glued; of equally similar ones the earlier.
+def most_similar_pairs(similarity: Tensor, lengths: Tensor, count: Tensor) -> Tensor:
+    """Returns which frames are glued to their left neighbour, `(B, T - 1)` bool: the r most similar pairs.
 
     Args:
         similarity: Eq. 4, `(B, T - 1)`.
         lengths: T(m), `(B,)`.
-        shorter: T(m+1), `(B,)`.
-        width: the largest of `shorter`.
+        count: r(m) = T(m) - T(m+1) (Eq. 6), `(B,)`.
     """
-    batch, pairs = similarity.shape
-    order = torch.arange(pairs + 1, device=similarity.device).expand(batch, -1)
-    valid = order < lengths[:, None]
-    ranking = similarity.masked_fill(~valid[:, 1:], -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = torch.zeros_like(ranking).scatter(1, ranking, order[:, 1:] - 1)
-    glued = F.pad(rank < (lengths - shorter)[:, None], (1, 0))  # to its left neighbour
-    span = (valid & ~glued).cumsum(1) - 1
-    sizes = torch.zeros(batch, width + 1, dtype=torch.int64, device=similarity.device)
+    return similarity_ranks(similarity, lengths) < count[:, None]
+
+
+def similarity_ranks(similarity: Tensor, lengths: Tensor) -> Tensor:
+    """Returns the places of pairs `(B, T - 1)` in the order of falling similarity, 0 the most similar.
+
+    Of equally similar pairs the earlier comes first; pairs that touch the padding come last.
+    """
+    pairs = torch.arange(similarity.shape[1], device=similarity.device).expand_as(similarity)
+    valid = pairs + 1 < lengths[:, None]
+    ranking = similarity.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return torch.zeros_like(ranking).scatter(1, ranking, pairs)
+
+
+def span_sizes(glued: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """Returns how many frames each span holds, `(B, width + 1)`; the last column counts the padding.
+
+    Args:
+        glued: which frames are glued to their left neighbour, `(B, T - 1)` bool.
+        lengths: `(B,)`, valid frames.
+        width: the most spans a recording has.
+    """
+    valid = valid_positions(lengths, glued.shape[1] + 1)
+    span = (valid & ~F.pad(glued, (1, 0))).cumsum(1) - 1
+    sizes = torch.zeros(len(span), width + 1, dtype=torch.int64, device=span.device)
     return sizes.scatter_add(1, torch.where(valid, span, width), torch.ones_like(span))
 
 
@@ -163,11 +196,9 @@ def weighted_means(frames: Tensor, density: Tensor, sizes: Tensor) -> Tensor:
     return means.unflatten(0, (batch, -1))
 
 
-def _valid(lengths: Tensor, width: int) -> Tensor:
+def valid_positions(lengths: Tensor, width: int) -> Tensor:
+    """Returns which of `width` positions lie within lengths `(B,)`, `(B, width)` bool."""
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
-# Every way to shorten a recording, by the name that `compression` takes; all have the signature of `iterative_fusion`.
-COMPRESSIONS = {"iterative_fusion": iterative_fusion}
-
-__all__ = ["COMPRESSIONS", "FusedFrames", "content_density", "iterative_fusion"]
+__all__ = ["FusedFrames", "content_density", "iterative_fusion"]

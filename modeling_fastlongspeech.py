@@ -22,9 +22,10 @@ from transformers.models.qwen2_audio.modeling_qwen2_audio import (
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
+from .compression_fastlongspeech import COMPRESSIONS, check_compression
 from .configuration_fastlongspeech import FastLongSpeechConfig
 from .encoder_fastlongspeech import MEL_FRAMES_PER_FRAME, FastLongSpeechCTCDecoder, FastLongSpeechEncoder
-from .fusion_fastlongspeech import COMPRESSIONS, content_density
+from .fusion_fastlongspeech import content_density
 from .generation_fastlongspeech import FastLongSpeechGenerationMixin
 from .placeholders_fastlongspeech import check_placeholders, insert_audio, placeholder_runs
 
@@ -98,7 +99,7 @@ class FastLongSpeechModel(Qwen2AudioModel):
             feature_attention_mask: `(W, 3000)`, 1 for mel frames that hold audio.
             windows_per_audio: `(A,)` integer, how many windows each recording has; absent: one each.
             target_length: most frames a recording keeps, 1 or more, one for all or `(A,)`; absent: configured.
-            compression: `"iterative_fusion"`, or `"none"` to keep every frame; absent: configured.
+            compression: a name of `COMPRESSIONS`, or `"none"` to keep every frame; absent: configured.
 
         Raises:
             ValueError: an argument is out of range or does not fit the others.
@@ -218,8 +219,7 @@ class FastLongSpeechModel(Qwen2AudioModel):
     def compression_or_default(self, compression: str | None) -> str:
         """Returns `compression`, or the configuration's where it is absent; an unknown one is a ValueError."""
         compression = self.config.compression if compression is None else compression
-        if compression not in (*COMPRESSIONS, "none"):
-            raise ValueError(f"compression must be one of {', '.join(COMPRESSIONS)}, none; got {compression!r}.")
+        check_compression(compression)
         return compression
 
     def _targets(self, target_length: int | Sequence[int] | Tensor | None, recordings: int) -> Tensor:

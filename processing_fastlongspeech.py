@@ -19,6 +19,7 @@ from transformers.processing_utils import AudioKwargs, ProcessorMixin, TextKwarg
 from transformers.utils import cached_file
 
 from .audio_fastlongspeech import count_frames, list_recordings, load_recording
+from .compression_fastlongspeech import check_compression
 
 CTC_MODEL_NAME = "ctc.model"
 END_OF_TURN = "<|im_end|>"
@@ -134,7 +135,8 @@ class FastLongSpeechProcessor(ProcessorMixin):
             audio: recordings as `load_recording` takes them, one or a list.
             answers: for training, one for every prompt; each is appended with the end-of-turn token.
             ctc_text: for CTC training, the transcript of every recording.
-            compression: "none" for a placeholder per frame.
+            compression: "none" for a placeholder per frame; every other way to shorten a recording (see
+                `compression_fastlongspeech.py`) needs the same placeholders, at most `target_length`.
             sampling_rate: hertz of arrays that do not bring their own.
             target_length: L, frames to fuse a recording to; one for all or a list of one per recording; by default
                 the processor's `target_length`.
@@ -204,8 +206,8 @@ class FastLongSpeechProcessor(ProcessorMixin):
         Each window is what the feature extractor makes of its samples alone: 30 s, the last one of a recording padded.
         """
         lengths = self._length_of_each(target_length, len(recordings))
-        if compression not in (None, "iterative_fusion", "none"):
-            raise ValueError(f'compression must be "iterative_fusion" or "none", got {compression!r}.')
+        if compression is not None:
+            check_compression(compression)
         rate, size = self.feature_extractor.sampling_rate, self.feature_extractor.n_samples
         features, masks, windows_per_audio, num_audio_tokens = [], [], [], []
         for recording, length in zip(recordings, lengths, strict=True):

@@ -65,7 +65,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("fusion_ladder", [-1], "expected one or more positive integers"),
     ("fusion_schedule", "thirds", "expected one of halving, ladder; got 'thirds'"),
     ("content_density", "ctcc", "expected one of ctc, uniform; got 'ctcc'"),
-    ("compression", "zip", "expected one of iterative_fusion, none; got 'zip'"),
+    ("compression", "zip", "compression must be one of iterative_fusion, .*, none; got 'zip'"),
     ("ctc_vocab_size", -1, "expected an integer of 0 or more, got -1"),
     ("ctc_projector", "yes", "expected bool, got str"),
     ("windows_per_batch", 0, "expected an integer of 1 or more, got 0"),
@@ -79,3 +79,36 @@ def test_refuses_wrong_values_at_construction_and_later(field: str, value: Any, 
     config = FastLongSpeechConfig()
     with pytest.raises(StrictDataclassError, match=f"(?s){field}.*{sentence}"):
         setattr(config, field, value)
+
+
+def small_context(**text: Any) -> FastLongSpeechConfig:
+    return FastLongSpeechConfig(text_config={"model_type": "qwen2", "max_position_embeddings": 2000} | text)
+
+
+def test_ntk_rope_is_a_copy() -> None:
+    config = small_context()
+    before = config.to_dict()
+    stretched = config.with_ntk_rope(500)
+    assert config.to_dict() == before
+    plain, rope = (one["text_config"].pop("rope_parameters") for one in (config.to_dict(), stretched.to_dict()))
+    assert rope["rope_type"] == "default" and rope["rope_theta"] > 4 * plain["rope_theta"]
+    assert small_context().with_ntk_rope(2000).to_dict() == before
+
+
+@pytest.mark.parametrize("window", [0, -1, 2001])
+def test_ntk_rope_refuses_a_window_outside_the_context(window: int) -> None:
+    with pytest.raises(ValueError, match=f"between 1 and the language model's context of 2000, got {window}"):
+        small_context().with_ntk_rope(window)
+
+
+def test_ntk_rope_refuses_positions_that_are_scaled_already() -> None:
+    scaled = small_context(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
+    with pytest.raises(ValueError, match="have the type 'linear'; NTK-RoPE needs"):
+        scaled.with_ntk_rope()
+
+
+def test_fit_length_is_the_rest_of_the_context() -> None:
+    assert small_context().fit_length(1) == 1999
+    assert small_context().fit_length(1999) == 1
+    with pytest.raises(ValueError, match="other_tokens must leave a frame of .* 2000, got 2000; shorten"):
+        small_context().fit_length(2000)

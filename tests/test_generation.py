@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_config
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from fastlongspeech import FastLongSpeechForConditionalGeneration
+from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGeneration
 
 Model = FastLongSpeechForConditionalGeneration
 Inputs = dict[str, Tensor]
@@ -105,6 +106,27 @@ def test_several_turns(model: Model, make_audio: Make, make_prompts: Make) -> No
     second = make_audio([900], [80], seed=0)
     both = torch.cat((ids, make_prompts([20])["input_ids"]), dim=1)
     assert answer(model, second | {"input_ids": both}, target_length=15)
+
+
+def test_with_ntk_rope_a_recording_keeps_every_frame_that_the_context_holds(
+    make_audio: Make, make_prompts: Make
+) -> None:
+    fields = tiny_config(ctc_vocab_size=12)
+    fields["text_config"] |= {"max_position_embeddings": 1024}
+    torch.manual_seed(0)
+    model = Model(FastLongSpeechConfig(**fields).with_ntk_rope()).eval()
+    model.generation_config.eos_token_id = None
+    text = make_prompts([1])["input_ids"].shape[1] - 1
+    fits = model.config.fit_length(text + NEW)
+    assert fits == 1024 - text - NEW
+    for mels, frames in (([3000, 400], 850), ([3000, 3000, 900], fits)):
+        inputs = make_audio(mels) | make_prompts([1])
+        out = model.generate(
+            **inputs, target_length=fits, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True
+        )
+        assert out.past_key_values.get_seq_length() == text + frames + NEW - 1 < 1024
+        if frames < fits:
+            assert out.sequences[:, -NEW:].tolist() == answer(model, inputs, compression="none")
 
 
 def test_text_only(model: Model, make_prompts: Make) -> None:
@@ -218,7 +240,7 @@ def test_refuses_prompts_that_do_not_fit_the_recordings(model: Model, make_audio
         answer(model, audio | make_prompts([101], [50]))
     with pytest.raises(ValueError, match="target_length must be a positive integer, got 0"):
         answer(model, audio | make_prompts([50], [50]), target_length=0)
-    with pytest.raises(ValueError, match="compression must be one of iterative_fusion, none; got 'zip'"):
+    with pytest.raises(ValueError, match="compression must be one of iterative_fusion, .*, none; got 'zip'"):
         answer(model, audio | make_prompts([50], [50]), compression="zip")
 
 

@@ -202,7 +202,7 @@ def test_refuses_arguments_that_do_not_fit(model: Model, make_audio: Make, make_
         model.get_audio_features(**audio, target_length=0)
     with pytest.raises(ValueError, match="target_length holds 3 lengths for 2 recordings"):
         model.get_audio_features(**audio, target_length=[1, 2, 3])
-    with pytest.raises(ValueError, match="compression must be one of iterative_fusion, none; got 'zip'"):
+    with pytest.raises(ValueError, match="compression must be one of iterative_fusion, .*, none; got 'zip'"):
         model.get_audio_features(**audio, compression="zip")
     with pytest.raises(ValueError, match="feature_attention_mask is missing"):
         model.get_audio_features(audio["input_features"], None)
@@ -237,6 +237,40 @@ def test_logits_to_keep(model: Model, make_audio: Make, make_prompts: Make) -> N
     torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, logits[:, -2:])
     torch.testing.assert_close(model(**inputs, logits_to_keep=torch.tensor([0, 25])).logits, logits[:, [0, 25]])
     assert isinstance(model(**inputs, return_dict=False), tuple)
+
+
+# NTK-RoPE
+
+
+@pytest.mark.parametrize("head", [{}, {"head_dim": 10}])
+def test_ntk_rope_stretches_the_rotary_base_of_the_language_model(head: dict[str, int]) -> None:
+    """The slowest dimension turns as far over the context as it did over the window, the fastest as ever."""
+    fields = tiny_config()
+    fields["text_config"] |= {"max_position_embeddings": 6000, "rope_parameters": {"rope_theta": 500.0}} | head
+    config = FastLongSpeechConfig(**fields)
+    dim = head.get("head_dim", 6)
+    theta = 500.0 * (6000 / 750) ** (dim / (dim - 2))
+    expected = [theta ** (-2 * i / dim) for i in range(dim // 2)]
+    found = Model(config.with_ntk_rope()).model.language_model.rotary_emb.inv_freq
+    torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0)
+    plain = Model(config).model.language_model.rotary_emb.inv_freq
+    assert found[0] == plain[0] == 1
+    torch.testing.assert_close(found[-1] * 6000, plain[-1] * 750)
+
+
+def test_a_checkpoint_is_read_with_stretched_positions(
+    model: Model, make_audio: Make, make_prompts: Make, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "plain")
+    config = FastLongSpeechConfig.from_pretrained(tmp_path / "plain").with_ntk_rope()
+    stretched = Model.from_pretrained(tmp_path / "plain", config=config)
+    inputs = make_audio([3000, 3000]) | make_prompts([1500])
+    plain, logits = (one(**inputs, compression="none").logits for one in (model, stretched))
+    torch.testing.assert_close(logits[0, 0], plain[0, 0])  # position 0
+    assert (logits[0, 1400:] - plain[0, 1400:]).abs().mean() > 1e-3
+    stretched.save_pretrained(tmp_path / "stretched")
+    again = Model.from_pretrained(tmp_path / "stretched")
+    torch.testing.assert_close(again(**inputs, compression="none").logits, logits)
 
 
 # Training

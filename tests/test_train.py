@@ -22,6 +22,7 @@ from torch.utils.data import BatchSampler
 from transformers import AutoModelForMultimodalLM, TrainingArguments
 
 from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
+from fastlongspeech.compression_fastlongspeech import COMPRESSIONS, average_pooling
 from fastlongspeech.train import ctc, dct
 from fastlongspeech.train.data import DCTCollator, StepSampler, draw_target_length, load_rows
 from fastlongspeech.train.stage import StageTrainer, last_checkpoint, parse_settings
@@ -197,6 +198,8 @@ def test_the_collator_fuses_a_batch_to_the_length_of_its_step_or_to_the_one_its_
         assert processor.tokenizer.batch_decode(answers) == ["dog<|im_end|>", "mat<|im_end|>"]
     fixed = collate([rows.at(7)[1]])
     assert (fixed["input_ids"] == processor.audio_token_id).sum() == 7
+    everything = DCTCollator(processor, [9, 5, 2], seed=3, compression="none")([rows.at(7)[1]])
+    assert (everything["input_ids"] == processor.audio_token_id).sum() == 25
     assert "Audio 1: <|audio_bos|><|AUDIO|>" in collate.prompt("Who?")
     assert collate.prompt("Who?").endswith("<|audio_eos|>\nWho?<|im_end|>\n<|im_start|>assistant\n")
 
@@ -307,6 +310,25 @@ def test_stage_2_trains_lora_on_the_language_model_alone_and_merges_it(checkpoin
         text="<|audio_bos|><|AUDIO|><|audio_eos|>Who?", audio=str(data / "clips" / "0.wav"), target_length=20
     )
     torch.testing.assert_close(merged(**batch).logits, adapted(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_stage_2_trains_through_the_compression_it_is_told_and_saves_it(checkpoint, data, tmp_path, monkeypatch):
+    lengths = []
+
+    def compress(frames, recordings, target_length, *others):
+        lengths.append(int(target_length.max()))
+        return average_pooling(frames, recordings, target_length, *others)
+
+    monkeypatch.setitem(COMPRESSIONS, "average_pooling", compress)
+    trained(dct, checkpoint, data, tmp_path / "out", "--compression", "average_pooling")
+    assert len(lengths) == 4 and set(lengths) <= {9, 5, 2}
+    model = FastLongSpeechForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert model.config.compression == "average_pooling"
+    trained(dct, checkpoint, data, tmp_path / "whole", "--compression", "none")
+    assert len(lengths) == 4
+    with pytest.raises(ValueError, match="compression must be one of iterative_fusion, .*, none; got 'zip'"):
+        dct.main(arguments(dct, checkpoint, data, tmp_path / "zip", "--compression", "zip"))
+    assert not (tmp_path / "zip").exists()
 
 
 # Both stages

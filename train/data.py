@@ -305,11 +305,13 @@ class DCTCollator:
 
     All rows of an optimiser step get placeholders for one L, drawn from (seed, step); the step comes with the rows
     (see `StepSampler`), so that L is the same in all processes, data loader workers and accumulated micro-batches,
-    and after a resume. Rows that carry a `target_length` (evaluation) get that one.
+    and after a resume. Rows that carry a `target_length` (evaluation) get that one. With the compression `"none"`,
+    every frame gets a placeholder, whatever L is.
     """
 
-    def __init__(self, processor: Any, target_lengths: Sequence[int], seed: int):
+    def __init__(self, processor: Any, target_lengths: Sequence[int], seed: int, compression: str | None = None):
         self.processor, self.target_lengths, self.seed = processor, list(target_lengths), seed
+        self.compression = compression
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return the processor's outputs with `labels`: prompt, audio and padding are -100."""
@@ -321,6 +323,7 @@ class DCTCollator:
             audio=[row["audio"] for row in rows],
             answers=[row["answer"] for row in rows],
             target_length=target_length,
+            compression=self.compression,
         )
 
     def prompt(self, question: str) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
+from ..compression_fastlongspeech import check_compression
 from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
 from ..processing_fastlongspeech import FastLongSpeechProcessor
 from .data import DCTCollator, load_rows
@@ -37,6 +38,10 @@ class DCTArguments(StageArguments):
     target_lengths: list[int] | None = field(
         default=None,
         metadata={"help": "Lengths L to draw from; config.target_lengths if not given."},
+    )
+    compression: str | None = field(
+        default=None,
+        metadata={"help": "What shortens the audio, in the saved model too; config.compression if not given."},
     )
     eval_target_lengths: list[int] | None = field(
         default=None, metadata={"help": "Lengths L to evaluate at; config.target_length if not given."}
@@ -61,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("target_lengths", "eval_target_lengths"):
         if min(getattr(settings, name) or [1]) < 1:
             raise ValueError(f"{name} must be positive integers, got {getattr(settings, name)}; correct them.")
+    if settings.compression is not None:
+        check_compression(settings.compression)
     checkpoint = open_run(settings, training)
     columns = ("audio", "question", "answer")
     train_rows = load_rows(settings.train_data, columns)
@@ -70,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = FastLongSpeechForConditionalGeneration.from_pretrained(settings.model, dtype=DTYPES[settings.dtype])
     if settings.target_lengths:
         model.config.target_lengths = settings.target_lengths
+    if settings.compression is not None:
+        model.config.compression = settings.compression
     config = copy.deepcopy(model.config)
     if config.content_density == "uniform" and training.process_index == 0:
         print("# content_density is uniform: the CTC decoder is not used; run stage 1 first to train it", flush=True)
@@ -82,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args=training,
         train_dataset=train_rows,
         eval_dataset={f"L{length}": eval_rows.at(length) for length in lengths} if eval_rows else None,
-        data_collator=DCTCollator(processor, config.target_lengths, training.seed),
+        data_collator=DCTCollator(processor, config.target_lengths, training.seed, config.compression),
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
