@@ -96,15 +96,15 @@ class FastLongSpeechConfig(Qwen2AudioConfig):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def with_ntk_rope(self, window: int = 750) -> "FastLongSpeechConfig":
-        """Returns a copy whose language model reads as many positions as it can hold as if they were `window`.
+        """Returns a copy whose rotary positions are stretched from a window to the language model's whole context.
 
-        The paper's NTK-RoPE: the base of the rotary positions becomes theta' = theta (context / window)^(d / (d - 2)),
-        once and for all lengths, where context is `max_position_embeddings` and d the size of a head. Load the model
-        with it and call it with `target_length=config.fit_length(...)`: recordings that fit keep every frame, others
-        are fused to fit.
+        The paper's NTK-RoPE, a rival that does not compress: the base becomes theta' = theta (context / window)^(d /
+        (d - 2)) for recordings of all lengths, where context is `max_position_embeddings` and d the size of a head.
+        Load the model with the copy and call it with `compression="iterative_fusion"` and
+        `target_length=config.fit_length(...)`: recordings that fit keep every frame, others are fused to fit.
 
         Args:
-            window: positions to stretch, as many as the model has learnt to read well; 750 frames are 30 s.
+            window: the positions to stretch, as many as the model has learnt; 750 are the frames of 30 s.
 
         Raises:
             ValueError: `window` is no positive number up to the context, or the positions are scaled in another way.
@@ -125,7 +125,7 @@ class FastLongSpeechConfig(Qwen2AudioConfig):
         return config
 
     def fit_length(self, other_tokens: int) -> int:
-        """Returns the frames that fit into the language model's context beside `other_tokens`, as a `target_length`.
+        """Returns the `target_length` of a prompt's recording that fills the language model's context.
 
         Args:
             other_tokens: tokens of the prompt without its placeholders, and of the answer (`max_new_tokens`).
