@@ -1,7 +1,7 @@
 """FastLongSpeech: Qwen2-Audio that reads recordings of any duration, fused to a length its language model knows.
 
-Follow one recording: 30 s windows -> audio encoder -> frames (25 Hz) -> iterative fusion, guided by the CTC decoder (or a
-rival) -> LayerNorm and projector -> the placeholders of the prompt -> language model.
+Follow one recording: 30 s windows -> audio encoder -> frames (25 Hz) -> iterative fusion, guided by the CTC decoder,
+or a rival -> LayerNorm and projector -> the placeholders of the prompt -> language model.
 """
 
 from collections.abc import Sequence
