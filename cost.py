@@ -9,6 +9,7 @@ alone, which consists of them.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
@@ -24,9 +25,10 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from .audio_fastlongspeech import FRAME_SECONDS, count_frames, load_recording
+from .compression_fastlongspeech import COMPRESSIONS, check_compression
 from .configuration_fastlongspeech import FastLongSpeechConfig
 from .encoder_fastlongspeech import FastLongSpeechEncoder
-from .fusion_fastlongspeech import content_density, iterative_fusion
+from .fusion_fastlongspeech import content_density
 from .modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
 
 # What Qwen2-Audio's chat template writes around a recording (27 tokens) and a question of a dozen words.
@@ -117,7 +119,7 @@ class ModelCost:
         with torch.device("meta"):
             self.model = FastLongSpeechForConditionalGeneration(copy.deepcopy(config)).eval()
         self.model.set_attn_implementation("eager")  # its products are counted on every device
-        self._windows: dict[int, int] = {}
+        self._counts: dict[tuple, int] = {}
 
     def recording(
         self,
@@ -137,7 +139,7 @@ class ModelCost:
             answer_tokens: length of the answer, 1 or more.
 
         Raises:
-            ValueError: `seconds` or `target_length` is too small.
+            ValueError: `seconds` or `target_length` is too small, or the compression is unknown.
         """
         if not FRAME_SECONDS <= seconds < float("inf"):
             raise ValueError(f"seconds must be a number of at least one 40 ms frame, got {seconds:g}.")
@@ -145,6 +147,7 @@ class ModelCost:
         frames = int(count_frames(mel_frames).sum())
         target_length = self.config.target_length if target_length is None else target_length
         compression = self.config.compression if compression is None else compression
+        check_compression(compression)
         tokens = frames if compression == "none" else min(frames, target_length)
         ctc_decoder, fusion = self.fusion(frames, target_length, compression)
         flops = {
@@ -164,11 +167,9 @@ class ModelCost:
 
     def window(self, mel_frames: int) -> int:
         """Returns the operations of encoding one window with so many mel frames of audio, 3 or more."""
-        if mel_frames not in self._windows:
-            features = self._empty(1, self._audio.num_mel_bins, WINDOW_MEL_FRAMES)
-            lengths = torch.tensor([mel_frames])
-            self._windows[mel_frames] = self._count(lambda: self.model.model.audio_tower(features, lengths))
-        return self._windows[mel_frames]
+        features = self._empty(1, self._audio.num_mel_bins, WINDOW_MEL_FRAMES)
+        tower = self.model.model.audio_tower
+        return self._count_once(("window", mel_frames), lambda: tower(features, torch.tensor([mel_frames])))
 
     def fusion(
         self,
@@ -197,7 +198,7 @@ class ModelCost:
             return content_density(F.linear(hidden, one, one[:, 0]) if product else model.ctc_decoder(hidden))
 
         def compress() -> Any:
-            return iterative_fusion(
+            return COMPRESSIONS[compression](
                 self._empty(1, frames, self._audio.d_model),
                 torch.tensor([frames]),
                 self.config.target_length if target_length is None else target_length,
@@ -222,7 +223,10 @@ class ModelCost:
             past = self._empty(1, text.num_key_value_heads, cached, head)
             cache.update(past, past, layer)
         embeds = self._empty(1, tokens, text.hidden_size)
-        return self._count(lambda: self.model.model.language_model(inputs_embeds=embeds, past_key_values=cache))
+        language_model = self.model.model.language_model
+        return self._count_once(
+            ("language model", tokens, cached), lambda: language_model(inputs_embeds=embeds, past_key_values=cache)
+        )
 
     def logits(self, positions: int) -> int:
         """Returns the operations of the logits of the vocabulary at so many positions."""
@@ -246,8 +250,13 @@ class ModelCost:
     def _empty(*shape: int) -> Tensor:
         return torch.empty(*shape, device="meta")
 
+    def _count_once(self, what: tuple, work: Callable[[], Any]) -> int:
+        if what not in self._counts:
+            self._counts[what] = self._count(work)
+        return self._counts[what]
+
     @torch.no_grad()
-    def _count(self, work: Any, custom: dict[Any, Any] | None = None) -> int:
+    def _count(self, work: Callable[[], Any], custom: dict[Any, Any] | None = None) -> int:
         with FlopCounterMode(display=False, custom_mapping=custom) as counter:
             work()
         return counter.get_total_flops()

@@ -58,6 +58,15 @@ def test_every_round_asks_the_ctc_decoder_about_every_frame_left(counted):
     assert counted.fusion(1000, 200, compression="none") == (0, 0)
 
 
+def test_a_method_without_densities_has_no_ctc_decoder(counted):
+    pooled = counted.recording(40.0, target_length=100, compression="average_pooling")
+    fused = counted.recording(40.0, target_length=100)
+    assert pooled.flops["ctc decoder"] == 0 < pooled.flops["fusion"] < fused.flops["fusion"]
+    assert pooled.flops["prefill"] == fused.flops["prefill"]
+    with pytest.raises(ValueError, match="compression must be one of iterative_fusion"):
+        counted.recording(40.0, compression="tar.gz")
+
+
 def test_the_fusion_takes_similarities_and_means(counted):
     norms, dots, weighted, sums = 2, 2, 1, 1  # operations on each element of every frame
     quotients = D * (500 + 250 + 200)
