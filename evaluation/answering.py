@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..audio_fastlongspeech import FRAME_SECONDS, load_recording
 from ..cli import TRANSCRIBE
-from ..modeling_fastlongspeech import COMPRESSIONS
+from ..compression_fastlongspeech import COMPRESSIONS
 
 METHODS = {
     "ntk_rope": "every frame, positions stretched to the language model's context; fused where even that is too short",

@@ -11,6 +11,10 @@ RETRIES = 5  # of the client, with growing pauses: connection errors, 408, 409, 
 TIMEOUT_SECONDS = 300.0
 
 
+class PromptRefused(ValueError):
+    """The endpoint will never answer this prompt: it is too long, or not allowed."""
+
+
 class Chat:
     """A language model that answers one prompt at a time, at temperature 0; safe to use from several threads.
 
@@ -37,12 +41,15 @@ class Chat:
         """Returns the reply to a prompt.
 
         Raises:
-            ValueError: the endpoint refused, or failed again and again.
+            PromptRefused: the endpoint refused this prompt.
+            ValueError: the endpoint refused altogether, or failed again and again.
         """
         try:
             completion = self.client.chat.completions.create(
                 model=self.model, messages=[{"role": "user", "content": prompt}], temperature=0
             )
+        except openai.BadRequestError as error:
+            raise PromptRefused(f"{self.model} refused a prompt of {len(prompt)} characters: {error}") from error
         except openai.OpenAIError as error:
             raise ValueError(
                 f"{self.model} at {self.client.base_url} did not answer ({error}); what was answered is saved: "

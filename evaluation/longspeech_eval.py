@@ -27,7 +27,7 @@ from typing import Any
 import soundfile
 from tqdm import tqdm
 
-from .chat import Chat, fill, find_object
+from .chat import Chat, PromptRefused, fill, find_object
 from .journal import Journal, read_journal
 
 WORDS = 350  # 133 s, the published mean, at 158 words a minute
@@ -37,7 +37,7 @@ ENGLISH_WORDS = 0.15  # fewest words among the most common ones; English prose h
 COMMON = frozenset(
     "the of and to in a is that for it was on with as be by at are this from or an not his he i".split()
 )
-FORMULAS = 1.0  # most marks of formulas per 1000 characters
+FORMULAS = 2  # most marks of formulas per 1000 characters, and in a shorter text
 FORMULA = re.compile(r"\\[a-zA-Z]+|\$[^$\n]{1,80}\$|[∑∏∫√∂∇∞≤≥≠≈∈∀∃±×÷]|\w\s?[\^_]\{|\b\w\s?=\s?\w")
 
 REWRITE = """\
@@ -99,20 +99,27 @@ def unfit(text: str) -> str | None:
     common = sum(word in COMMON for word in words) / max(1, len(words))
     if common < ENGLISH_WORDS:
         return f"not English: {common:.1%} of its words are common English words"
-    formulas = 1000 * len(FORMULA.findall(text)) / len(text)
-    if formulas > FORMULAS:
-        return f"formulas: {formulas:.1f} marks of formulas per 1000 characters"
+    formulas = len(FORMULA.findall(text))
+    if formulas > max(FORMULAS, FORMULAS * len(text) / 1000):
+        return f"formulas: {formulas} marks of formulas in {len(text)} characters"
     return None
 
 
 def prepare(document: dict[str, Any], writer: Chat, checker: Chat, words: int) -> dict[str, Any]:
-    """Returns a document's `id`, spoken `text` and the `questions` kept, with what was `rejected` and why."""
-    reason = unfit(document["document"])
-    if reason:
-        return {"id": document["id"], "questions": [], "rejected": [{"reason": reason}]}
-    text = writer.ask(fill(REWRITE, words=str(words), document=document["document"])).strip()
+    """Returns a document's `id`, spoken `text` and the `questions` kept, with what was `rejected` and why.
+
+    Raises:
+        ValueError: the endpoint failed.
+    """
+    reason, text = unfit(document["document"]), ""
+    if reason is None:
+        try:
+            text = writer.ask(fill(REWRITE, words=str(words), document=document["document"])).strip()
+        except PromptRefused as error:
+            reason = str(error)
     if not text:
-        return {"id": document["id"], "questions": [], "rejected": [{"reason": "the rewritten text is empty"}]}
+        reason = reason or "the rewritten text is empty"
+        return {"id": document["id"], "text": "", "questions": [], "rejected": [{"reason": reason}]}
     kept, rejected = [], []
     for question in document["questions"]:
         answer = " / ".join(question["answers"])
@@ -128,8 +135,8 @@ def prepare(document: dict[str, Any], writer: Chat, checker: Chat, words: int) -
     return {"id": document["id"], "text": text, "questions": kept, "rejected": rejected}
 
 
-def synthesize(text: str, command: str, wav: Path) -> float:
-    """Speaks a text into a file, unless that is there already; returns its seconds.
+def synthesize(text: str, command: str, recording: Path) -> float:
+    """Speaks a text into a FLAC file, unless that is there already; returns its seconds.
 
     Args:
         command: of the synthesizer, with `{text}` for a file with the text and `{wav}` for the file it must write.
@@ -137,19 +144,23 @@ def synthesize(text: str, command: str, wav: Path) -> float:
     Raises:
         ValueError: the synthesizer is not installed, failed, or wrote no sound.
     """
-    if not wav.exists():
-        wav.parent.mkdir(parents=True, exist_ok=True)
-        source, spoken = wav.with_suffix(".txt"), wav.with_suffix(".new.wav")
+    if not recording.exists():
+        recording.parent.mkdir(parents=True, exist_ok=True)
+        source, wav, new = (recording.with_suffix(suffix) for suffix in (".txt", ".wav", ".new"))
         source.write_text(text, encoding="utf-8")
-        words = [word.replace("{text}", str(source)).replace("{wav}", str(spoken)) for word in shlex.split(command)]
+        words = [fill(word, text=str(source), wav=str(wav)) for word in shlex.split(command)]
         try:
             done = subprocess.run(words, capture_output=True, text=True, errors="replace")
         except FileNotFoundError:
             raise ValueError(f"{words[0]} is not installed; install it, or pass another --speak command.") from None
-        if done.returncode or not spoken.exists() or not soundfile.info(spoken).frames:
+        if done.returncode or not wav.exists() or not soundfile.info(wav).frames:
             raise ValueError(f"{shlex.join(words)} wrote no sound ({done.stderr.strip()}); correct --speak.")
-        spoken.replace(wav)
-    return soundfile.info(wav).duration
+        samples, rate = soundfile.read(wav, dtype="int16")
+        soundfile.write(new, samples, rate, format="FLAC")
+        new.replace(recording)
+        wav.unlink()
+        source.unlink()
+    return soundfile.info(recording).duration
 
 
 def build(documents: Sequence[dict[str, Any]], output: Path, writer: Chat, checker: Chat, **options: Any) -> None:
@@ -193,15 +204,17 @@ def build(documents: Sequence[dict[str, Any]], output: Path, writer: Chat, check
             {"document": row["id"], "begins": document["document"][:80], **fault} for fault in row["rejected"]
         ]
         if row["questions"]:
-            wav = output / "speech" / f"{row['id']}.wav"
-            duration = synthesize(row["text"], options["speak"], wav)
-            shared = {"audio": str(wav), "duration": duration, "document": row["id"], "text": row["text"]}
+            recording = output / "speech" / f"{row['id']}.flac"
+            duration = synthesize(row["text"], options["speak"], recording)
+            shared = {"audio": str(recording), "duration": duration, "document": row["id"], "text": row["text"]}
             rows += [shared | {"question": said["question"], "answer": said["answers"]} for said in row["questions"]]
-    (output / "rejected.jsonl").write_text("".join(json.dumps(fault, ensure_ascii=False) + "\n" for fault in rejected))
+    lines = "".join(json.dumps(fault, ensure_ascii=False) + "\n" for fault in rejected)
+    (output / "rejected.jsonl").write_text(lines, encoding="utf-8")
     if not rows:
         raise ValueError(f"no document is left; {output / 'rejected.jsonl'} says why.")
     built = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(decode=False))
-    built.save_to_disk(output / "dataset")
+    built.save_to_disk(output / "dataset.new")  # with the recordings inside
+    (output / "dataset.new").replace(output / "dataset")
     seconds = {row["document"]: row["duration"] for row in rows}
     print(
         f"{len(seconds)} recordings, mean {sum(seconds.values()) / len(seconds):.1f} s, longest "

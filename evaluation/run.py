@@ -22,8 +22,9 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..cli import MAX_NEW_TOKENS
+from ..compression_fastlongspeech import COMPRESSIONS
 from ..configuration_fastlongspeech import FastLongSpeechConfig
-from ..modeling_fastlongspeech import COMPRESSIONS, FastLongSpeechForConditionalGeneration
+from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
 from ..processing_fastlongspeech import FastLongSpeechProcessor
 from .answering import METHODS, Answerer
 from .benchmarks import TASKS, Benchmark, Example, load_benchmark

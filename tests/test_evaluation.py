@@ -1,0 +1,408 @@
+"""The evaluation: benchmarks in their public forms, scores by the published rules, runs that go on where they were."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import jiwer
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor, cli
+from fastlongspeech.evaluation.answering import METHODS, Answer, Answerer, ask
+from fastlongspeech.evaluation.benchmarks import EMOTIONS, load_benchmark
+from fastlongspeech.evaluation.journal import Journal, read_journal
+from fastlongspeech.evaluation.scoring import (
+    exact_match,
+    find_choice,
+    mean_with_interval,
+    token_f1,
+    whisper_normalizer,
+    word_errors,
+)
+
+RATE = 16000
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of noises: 0.wav of 31 s, 1.wav and 2.wav of 1 and 2 s."""
+    folder = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    for number, seconds in enumerate((31, 1, 2)):
+        soundfile.write(folder / f"{number}.wav", 0.1 * rng.standard_normal(seconds * RATE), RATE)
+    return folder
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def questions(clips: Path) -> Path:
+    """Two questions about each of three recordings."""
+    rows = [
+        {"audio": f"{clip}.wav", "question": f"{word} is it?", "answer": "noise", "kind": word, "time": 0.5}
+        for clip in range(3)
+        for word in ("What", "Where")
+    ]
+    return write(clips / "qa.jsonl", rows)
+
+
+def evaluate(output: Path, checkpoint: Path, *more: object, task: str = "qa") -> dict[str, Any]:
+    """The summary of a run on the CPU with answers of six tokens."""
+    command = ["evaluate", "--task", task, "--model", checkpoint, "--output", output, "--device", "cpu"]
+    command += ["--max-new-tokens", 6, *more]
+    assert cli.main([str(word) for word in command]) == 0
+    return json.loads((output / "summary.json").read_text())
+
+
+# Benchmarks
+
+
+def test_a_manifest_gives_questions_with_what_is_said_of_them(clips, questions):
+    benchmark = load_benchmark("qa", questions)
+    assert benchmark.metric == "answer" and len(benchmark.examples) == 6
+    first, second = benchmark.examples[:2]
+    assert (first.question, first.answers, first.duration) == ("What is it?", ["noise"], 31)
+    assert first.notes == {"kind": "What", "time": 0.5}
+    assert first.recording == second.recording
+    assert benchmark.audio(first) == str(clips / "0.wav")
+
+
+@pytest.mark.parametrize("answer", ["noise", ["noise", "a noise"]])
+def test_longspeech_eval_is_a_datasets_folder(clips, tmp_path, answer):
+    rows = [{"audio": str(clips / "1.wav"), "question": "What?", "answer": answer} for _ in range(2)]
+    table = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(decode=False))
+    datasets.DatasetDict({"test": table}).save_to_disk(tmp_path / "set")
+    benchmark = load_benchmark("longspeech-eval", f"{tmp_path / 'set'}#test", limit=1)
+    (example,) = benchmark.examples
+    assert example.answers == ([answer] if isinstance(answer, str) else answer)
+    assert benchmark.audio(example)["bytes"] == (clips / "1.wav").read_bytes()
+
+
+def test_air_bench_names_recordings_by_task_and_dataset(clips, tmp_path):
+    folder = tmp_path / "speech_QA_iemocap"
+    folder.mkdir()
+    (folder / "a.wav").write_bytes((clips / "1.wav").read_bytes())
+    row = {"path": "a.wav", "question": "Who?", "answer_gt": "a man", "uniq_id": 7, "meta_info": "..."}
+    rows = [row | {"task_name": "speech_QA", "dataset_name": "iemocap"}]
+    rows += [row | {"task_name": "sound_QA", "dataset_name": "clotho"}]
+    source = write(tmp_path / "Chat_meta.json", rows)
+    (example,) = load_benchmark("air-bench", source, "speech_QA_iemocap").examples
+    assert (example.question, example.answers, example.notes["uniq_id"]) == ("Who?", ["a man"], 7)
+    with pytest.raises(ValueError, match="no rows of speech_dialogue_QA_fisher"):
+        load_benchmark("air-bench", source, "speech_dialogue_QA_fisher")
+
+
+def test_librisqa_finds_flac_files_and_reads_both_parts(clips, tmp_path):
+    recording = tmp_path / "LibriSpeech" / "test-clean" / "61" / "61-0.flac"
+    recording.parent.mkdir(parents=True)
+    soundfile.write(recording, soundfile.read(clips / "1.wav")[0], RATE)
+    row = {"speech_path": "LibriSpeech/test-clean/61/61-0.wav", "duration": 1.0, "text": "HELLO"}
+    first = write(tmp_path / "I.json", [row | {"question": "Who?", "answer": "He."}])
+    benchmark = load_benchmark("librisqa", first, audio_root=tmp_path / "LibriSpeech")
+    assert benchmark.metric == "answer" and benchmark.audio(benchmark.examples[0]) == str(recording)
+    second = write(tmp_path / "II.json", [row | {"question_and_option": "Who? A. He B. She", "answer": "B"}])
+    benchmark = load_benchmark("librisqa", second)
+    assert benchmark.metric == "choice" and benchmark.examples[0].choices == ["A", "B", "C", "D"]
+
+
+def test_openasqa_finds_recordings_of_another_machine(clips, tmp_path):
+    row = {"audio_id": "/data/sls/LibriTTS/1.wav", "instruction": "Who?", "input": "", "output": "A man.", "task": "t"}
+    source = write(tmp_path / "openasqa.json", [row | {"dataset": "libritts"}])
+    benchmark = load_benchmark("openasqa", source, audio_root=clips)
+    assert benchmark.audio(benchmark.examples[0]) == str(clips / "1.wav")
+    assert benchmark.examples[0].answers == ["A man."]
+
+
+def test_meld_asks_for_the_emotion(clips, tmp_path):
+    (tmp_path / "dia0_utt3.wav").write_bytes((clips / "1.wav").read_bytes())
+    source = tmp_path / "test_sent_emo.csv"
+    source.write_text("Sr No.,Utterance,Emotion,Dialogue_ID,Utterance_ID\n1,Oh!,surprise,0,3\n")
+    (example,) = load_benchmark("meld", source).examples
+    assert example.answers == ["Surprise"] and example.choices == EMOTIONS
+    assert "[Anger, Disgust, Fear, Joy, Neutral, Sadness, Surprise]" in example.question
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "fault"),
+    [
+        ("qa", {"question": "Who?", "answer": ""}, "line 1 has the answer ''"),
+        ("qa", {"answer": "he"}, "line 1 has the question None"),
+        ("choice", {"question": "Who?", "answer": "he", "choices": ["she", "it"]}, "which is none of its choices"),
+        ("choice", {"question": "Who?", "answer": "he"}, "choices None"),
+        ("qa", {"audio": "none.wav", "question": "Who?", "answer": "he"}, "none.wav, which does not exist"),
+    ],
+)
+def test_bad_rows_are_named(clips, task, row, fault):
+    source = write(clips / "bad.jsonl", [{"audio": "1.wav"} | row])
+    with pytest.raises(ValueError, match=fault):
+        load_benchmark(task, source)
+
+
+# Scores
+
+
+def test_answers_are_compared_as_squad_does():
+    assert exact_match("The  Cat!", ["dog", "cat"]) and not exact_match("cats", ["cat"])
+    assert token_f1("the black cat", ["cat"]) == pytest.approx(2 / 3)  # precision 1/2, recall 1
+    assert token_f1("a cat sat, sat", ["cat sat down", "dog"]) == pytest.approx(2 / 3)  # two of three shared
+    assert token_f1("dog", ["cat"]) == 0
+    assert token_f1("the", ["a"]) == 1  # both are empty then
+
+
+@pytest.mark.parametrize(
+    ("prediction", "choice"),
+    [
+        ("joy", "Joy"),
+        ("The emotion is Sadness.", "Sadness"),
+        ("Joy or sadness", None),
+        ("happy", None),
+        ("joyful", None),
+    ],
+)
+def test_a_choice_is_the_only_one_named(prediction, choice):
+    assert find_choice(prediction, ["Joy", "Sadness"]) == choice
+
+
+def test_a_letter_is_chosen_where_the_answer_begins_with_it():
+    assert find_choice("B. A man", ["A", "B"]) == "B"
+    assert find_choice("It is a man", ["A", "B"]) is None
+
+
+def test_word_error_rate_is_the_corpus_rate_of_jiwer():
+    references = ["the cat sat on a hill", "a dog ran", "the mat"]
+    transcripts = ["the cat sat hill", "a dog can run", ""]
+    errors, words = zip(*map(word_errors, references, transcripts), strict=True)
+    rate = mean_with_interval(errors, ["0", "1", "2"], words)
+    assert rate["value"] == pytest.approx(jiwer.wer(references, transcripts))
+    assert rate["low"] <= rate["value"] <= rate["high"]
+
+
+def test_transcripts_are_normalized_as_whisper_does(tmp_path):
+    assert (
+        whisper_normalizer()("Mr. Smith's <COMMA> colour, twenty one!").split() == "mister smith is colour 21".split()
+    )
+    write(tmp_path / "normalizer.json", [])
+    (tmp_path / "normalizer.json").write_text('{"colour": "color"}')
+    assert whisper_normalizer(tmp_path / "normalizer.json")("Colour") == "color"
+
+
+def test_the_interval_is_that_of_resampled_recordings():
+    rng = np.random.default_rng(1)
+    right = rng.random(400) < 0.3
+    alone = mean_with_interval(right, [str(number) for number in range(400)])
+    assert alone["value"] == right.mean()
+    error = 1.96 * np.sqrt(right.mean() * (1 - right.mean()) / 400)  # the normal approximation
+    assert alone["low"] == pytest.approx(right.mean() - error, abs=0.01)
+    assert alone["high"] == pytest.approx(right.mean() + error, abs=0.01)
+    doubled = mean_with_interval(np.repeat(right, 2), [str(number // 2) for number in range(800)])
+    assert doubled == pytest.approx(alone)  # asked twice about the same recording: nothing new
+    assert mean_with_interval(right, ["0"] * 400)["low"] == right.mean()
+
+
+def test_a_journal_survives_a_cut_line(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal:
+        journal.append({"text": "é\n"})
+    path.write_bytes(path.read_bytes() + b'{"text": "cu')
+    assert read_journal(path) == [{"text": "é\n"}]
+    with Journal(path) as journal:
+        journal.append({"text": "b"})
+    assert [row["text"] for row in read_journal(path)] == ["é\n", "b"]
+
+
+# Answers
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> Any:
+    return FastLongSpeechForConditionalGeneration.from_pretrained(checkpoint).eval()
+
+
+def test_answers_are_those_of_generate(checkpoint, model, clips, processor):
+    questions = ["Who?", "What is it about?", "Where?"]
+    names = ["0.wav", "1.wav", "0.wav"]
+    answerer = Answerer(model, processor, "iterative_fusion", 20, max_new_tokens=6)
+    answers = answerer.answer(questions, names, [clips / name for name in names])
+    for question, name, answer in zip(questions, names, answers, strict=True):
+        parts = [{"type": "audio", "path": str(clips / name)}, {"type": "text", "text": question}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": parts}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            target_length=20,
+        )
+        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert answer.text == processor.decode(ids, skip_special_tokens=True).strip()
+        assert answer.ended == (processor.tokenizer.eos_token_id in ids or len(ids) < 6)
+
+
+def test_a_recording_is_heard_once_for_all_its_questions(model, clips, processor, monkeypatch):
+    heard = []
+    inner = model.get_audio_features
+    monkeypatch.setattr(
+        model,
+        "get_audio_features",
+        lambda **inputs: heard.append(inputs["windows_per_audio"].tolist()) or inner(**inputs),
+    )
+    answerer = Answerer(model, processor, "none", None, max_new_tokens=2)
+    answerer.answer(["Who?", "What?", "Why?"], ["0", "0", "1"], [clips / "0.wav"] * 2 + [clips / "1.wav"])
+    answerer.answer(["Where?", "When?"], ["1", "2"], [clips / "1.wav", clips / "2.wav"])
+    assert heard == [[2, 1], [1]]
+
+
+def test_the_cascade_gives_the_transcript_of_every_window_as_text(model, clips, processor, monkeypatch):
+    seen = []
+    inner = processor.tokenizer.__class__.__call__
+    monkeypatch.setattr(
+        processor.tokenizer.__class__,
+        "__call__",
+        lambda self, text, **kw: seen.append(text) or inner(self, text, **kw),
+    )
+    monkeypatch.setattr("fastlongspeech.evaluation.answering.TRANSCRIPT_TOKENS", 4)
+    answerer = Answerer(model, processor, "cascade", None, max_new_tokens=2)
+    answerer.answer(["Who?"], ["0"], [clips / "0.wav"])
+    windows, (prompt,) = seen
+    assert [window.count(processor.audio_token) for window in windows] == [750, 25]
+    assert "Who?" in prompt and "transcript of a recording: " in prompt and processor.audio_token not in prompt
+
+
+def test_the_ctc_cascade_gives_the_transcript_of_the_ctc_decoder(model, clips, processor):
+    inputs = processor(audio=clips / "0.wav")
+    transcript = processor.ctc_decode(model.ctc_transcribe(**inputs))[0]
+    assert Answerer(model, processor, "ctc", None, 2).answer(["?"], ["0"], [clips / "0.wav"])[0].text == transcript
+    answer = Answerer(model, processor, "ctc_cascade", None, 4).answer(["Who?"], ["0"], [clips / "0.wav"])[0]
+    prompt = f"This is the transcript of a recording: {transcript}\n\nWho?"
+    assert answer.text == ask(model, processor, [prompt], [None], 4)[0].text.strip()
+
+
+def test_vanilla_refuses_recordings_longer_than_a_window(model, processor):
+    Answerer(model, processor, "vanilla", None, 2).prepare(["Who?"], [30.0])
+    with pytest.raises(ValueError, match="1 rows have longer ones, up to 31.0 s"):
+        Answerer(model, processor, "vanilla", None, 2).prepare(["Who?", "?"], [31.0, 2.0])
+
+
+# Runs
+
+
+def test_batches_answer_as_one_by_one(checkpoint, questions, tmp_path):
+    options = ["--data", questions, "--target-length", 15]
+    alone = evaluate(tmp_path / "alone", checkpoint, *options, "--batch-size", 1)
+    together = evaluate(tmp_path / "together", checkpoint, *options, "--batch-size", 4)
+    assert read_journal(tmp_path / "alone/predictions.jsonl") == read_journal(tmp_path / "together/predictions.jsonl")
+    assert alone["scores"] == together["scores"]
+    assert alone["questions"] == 6 and alone["recordings"] == 3
+    assert alone["hours"] == round(34 / 3600, 4)
+    assert alone["scores_by_kind"].keys() == {"What", "Where"}
+    assert alone["run"]["target_length"] == 15 and alone["versions"]["torch"] == torch.__version__
+
+
+def test_a_run_that_was_stopped_goes_on(checkpoint, questions, tmp_path, monkeypatch, capsys):
+    options = ["--data", questions, "--batch-size", 2]
+    whole = evaluate(tmp_path / "whole", checkpoint, *options)
+    inner, asked = Answerer.answer, []
+
+    def answer(self, texts, *more):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(texts)
+        return inner(self, texts, *more)
+
+    monkeypatch.setattr(Answerer, "answer", answer)
+    command = ["evaluate", "--task", "qa", "--model", checkpoint, "--output", tmp_path / "cut", "--device", "cpu"]
+    command = [str(word) for word in [*command, "--max-new-tokens", 6, *options]]
+    assert cli.main(command) == 130
+    assert len(read_journal(tmp_path / "cut/predictions.part0.jsonl")) == 4
+    asked.clear()
+    again = evaluate(tmp_path / "cut", checkpoint, *options)
+    assert len(asked) == 1 and again["scores"] == whole["scores"]
+    assert not list((tmp_path / "cut").glob("*.part*"))
+    assert cli.main([*command, "--compression", "none"]) == 1
+    assert "compression 'iterative_fusion', not 'none'; name another folder" in capsys.readouterr().err
+
+
+def test_transcripts_by_the_language_model_and_by_the_ctc_decoder(checkpoint, clips, tmp_path):
+    rows = [
+        {"audio": f"{number}.wav", "text": text} for number, text in enumerate(["the cat sat", "a hill", "<MUSIC>"])
+    ]
+    data = write(clips / "asr.jsonl", rows)
+    by_llm = evaluate(tmp_path / "llm", checkpoint, "--data", data, task="asr")
+    by_ctc = evaluate(tmp_path / "ctc", checkpoint, "--data", data, "--compression", "ctc", task="asr")
+    assert by_llm["references_without_words"] == by_ctc["references_without_words"] == 1
+    predictions = read_journal(tmp_path / "ctc/predictions.jsonl")
+    normalize = whisper_normalizer()
+    pairs = [(normalize(row["answers"][0]), normalize(row["prediction"])) for row in predictions[:2]]
+    assert by_ctc["scores"]["word_error_rate"]["value"] == pytest.approx(
+        jiwer.wer(*map(list, zip(*pairs, strict=True)))
+    )
+
+
+def test_choices_are_scored_by_accuracy(checkpoint, clips, tmp_path, monkeypatch):
+    rows = [
+        {"audio": "1.wav", "question": "Who?", "answer": word, "choices": ["man", "woman"]}
+        for word in ("man", "woman")
+    ]
+    monkeypatch.setattr(Answerer, "answer", lambda self, texts, *more: [Answer("A man.", True), Answer("both", False)])
+    summary = evaluate(tmp_path / "out", checkpoint, "--data", write(clips / "choice.jsonl", rows), task="choice")
+    assert summary["scores"]["accuracy"]["value"] == 0.5
+    assert summary["without_a_choice"] == 1 and summary["stopped_by_max_new_tokens"] == 1
+
+
+@pytest.mark.parametrize("method", ["random", "average_pooling", "none", *(set(METHODS) - {"ctc", "vanilla"})])
+def test_every_method_answers(checkpoint, questions, tmp_path, method, monkeypatch):
+    monkeypatch.setattr("fastlongspeech.evaluation.answering.TRANSCRIPT_TOKENS", 4)
+    summary = evaluate(tmp_path / "out", checkpoint, "--data", questions, "--compression", method, "--limit", 2)
+    assert summary["questions"] == 2
+
+
+def test_ntk_rope_keeps_every_frame_that_fits(checkpoint, questions, tmp_path, monkeypatch):
+    made = []
+    inner = Answerer.prepare
+    monkeypatch.setattr(Answerer, "prepare", lambda self, *rest: inner(self, *rest) or made.append(self))
+    evaluate(tmp_path / "out", checkpoint, "--data", questions, "--compression", "ntk_rope", "--limit", 1)
+    config = FastLongSpeechConfig.from_pretrained(checkpoint)
+    (answerer,) = made
+    assert answerer.model.config.get_text_config().rope_parameters["rope_theta"] > 10000
+    prompt = answerer.processor.tokenizer(answerer_prompt(answerer.processor)).input_ids
+    assert answerer.target_length == config.get_text_config().max_position_embeddings - len(prompt) - 6
+
+
+def answerer_prompt(processor: FastLongSpeechProcessor) -> str:
+    turn = [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "What is it?"}]}]
+    return processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+
+
+def test_arguments_without_meaning_are_refused(capsys):
+    for options, message in [
+        (["--task", "qa", "--compression", "none", "--target-length", "5"], "--target-length has no meaning"),
+        (["--task", "qa", "--compression", "ctc"], "--compression ctc is for --task asr"),
+        (["--task", "asr", "--compression", "cascade"], "--compression cascade is not for --task asr"),
+        (["--task", "qa", "--batch-size", "0"], "--batch-size must be 1 or more"),
+    ]:
+        with pytest.raises(SystemExit):
+            cli.main(["evaluate", "--data", "x", "--model", "y", "--output", "z", *options])
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_share_the_questions(checkpoint, questions, tmp_path):
+    alone = evaluate(tmp_path / "one", checkpoint, "--data", questions, "--batch-size", 1)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["-m", "fastlongspeech", "evaluate", "--task", "qa", "--data", questions, "--model", checkpoint]
+    command += ["--output", tmp_path / "two", "--device", "cpu", "--max-new-tokens", 6, "--batch-size", 1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([str(word) for word in command], check=True, env=environment, timeout=300)
+    summary = json.loads((tmp_path / "two/summary.json").read_text())
+    assert summary["scores"] == alone["scores"] and summary["run"]["processes"] == 2
+    assert read_journal(tmp_path / "two/predictions.jsonl") == read_journal(tmp_path / "one/predictions.jsonl")
