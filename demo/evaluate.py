@@ -17,8 +17,9 @@ import jiwer
 import torch
 import transformers
 from tqdm import tqdm
-from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
+from ..evaluation.answering import ask
+from ..evaluation.scoring import whisper_normalizer
 from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
 from ..processing_fastlongspeech import FastLongSpeechProcessor
 
@@ -44,7 +45,7 @@ class Evaluator:
     def __init__(self, folder: str, device: str) -> None:
         self.processor = FastLongSpeechProcessor.from_pretrained(folder)
         self.model = FastLongSpeechForConditionalGeneration.from_pretrained(folder, device_map=device)
-        self.normalize = EnglishTextNormalizer({})
+        self.normalize = whisper_normalizer()
 
     @torch.inference_mode()
     def read(self, folder: Path, lengths: tuple[int | None, ...], limit: int | None) -> tuple[list[Recording], float]:
@@ -66,27 +67,8 @@ class Evaluator:
     @torch.inference_mode()
     def ask(self, questions: list[str], embeddings: torch.Tensor | None) -> list[str]:
         """Returns the answers to questions about one recording, given as embeddings (frames, hidden), or none."""
-        audio = [] if embeddings is None else [{"type": "audio"}]
-        prompts = [
-            self.processor.apply_chat_template(
-                [{"role": "user", "content": [*audio, {"type": "text", "text": question}]}],
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-            for question in questions
-        ]
-        token = self.processor.audio_token
-        if embeddings is not None:
-            prompts = [prompt.replace(token, token * len(embeddings)) for prompt in prompts]
-        inputs = self.processor.tokenizer(prompts, padding=True, return_tensors="pt").to(self.model.device)
-        embeds = self.model.get_input_embeddings()(inputs.input_ids)
-        if embeddings is not None:
-            places = (inputs.input_ids == self.processor.tokenizer.convert_tokens_to_ids(token))[..., None]
-            embeds = embeds.masked_scatter(places, embeddings.repeat(len(questions), 1))
-        answers = self.model.generate(
-            inputs_embeds=embeds, attention_mask=inputs.attention_mask, max_new_tokens=12, do_sample=False
-        )
-        return self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        answers = ask(self.model, self.processor, questions, [embeddings] * len(questions), max_new_tokens=12)
+        return [answer.text for answer in answers]
 
     def score(self, recordings: list[Recording], length: int | None, condition: str) -> tuple[dict, list[dict]]:
         """Returns the share of exact answers, facts and voice apart, and every answer."""
