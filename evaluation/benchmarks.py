@@ -17,6 +17,7 @@ dataset on the Hub; `#name` behind it names a split. Recordings are read when th
 import csv
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +62,13 @@ class Benchmark:
         metric: what the answers are scored by: `"answer"`, `"choice"` or `"transcript"`.
         examples: in the order of the source.
         rows: the rows they come from.
+        left_out: rows whose recordings are shorter or longer than was asked for.
     """
 
     metric: str
     examples: list[Example]
     rows: Any
+    left_out: int
 
     def audio(self, example: Example) -> Any:
         """Returns the recording of an example, as `load_recording` takes it."""
@@ -78,6 +81,8 @@ def load_benchmark(
     subset: str | None = None,
     audio_root: str | Path | None = None,
     limit: int | None = None,
+    min_seconds: float = 0,
+    max_seconds: float | None = None,
 ) -> Benchmark:
     """Returns the examples of a task.
 
@@ -87,6 +92,7 @@ def load_benchmark(
         subset: the configuration of a dataset on the Hub, such as `clean`; for AIR-Bench its task and dataset.
         audio_root: the folder that the recordings' names are relative to; by default the source's own.
         limit: only the first so many rows.
+        min_seconds, max_seconds: shorter and longer recordings are left out, and counted.
 
     Raises:
         ValueError: the source can't be read, or rows are not usable; every bad row is named with the remedy.
@@ -129,7 +135,11 @@ def load_benchmark(
         for number, (row, said, duration) in enumerate(zip(formed, notes, checked.durations, strict=True))
     ]
     metric = "transcript" if task == "asr" else "choice" if examples[0].choices else "answer"
-    return Benchmark(metric, examples, checked.rows)
+    longest = math.inf if max_seconds is None else max_seconds
+    fitting = [example for example in examples if min_seconds <= example.duration <= longest]
+    if not fitting:
+        raise ValueError(f"{source} has no recording of {min_seconds:g} to {longest:g} s; widen these bounds.")
+    return Benchmark(metric, fitting, checked.rows, len(examples) - len(fitting))
 
 
 def _raw_rows(path: str, split: str, subset: str | None) -> Any:

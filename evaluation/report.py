@@ -22,13 +22,13 @@ def read_predictions(output: Path, benchmark: Benchmark) -> list[dict[str, Any]]
     found: dict[int, dict[str, Any]] = {}
     for path in [output / PREDICTIONS, *sorted(output.glob("predictions.part*.jsonl"))]:
         found |= {row["row"]: row for row in read_journal(path)}
-    for number, example in enumerate(benchmark.examples):
-        row = found.get(number)
+    for example in benchmark.examples:
+        row = found.get(example.row)
         if row is not None and (row["question"], row["answers"]) != (example.question, example.answers):
             raise ValueError(
-                f"row {number} of the data is not the row that {output} has a prediction of; name another."
+                f"row {example.row} of the data is not what --output {output} has a prediction of; name another."
             )
-    return [found[number] for number in range(len(benchmark.examples)) if number in found]
+    return [found[example.row] for example in benchmark.examples if example.row in found]
 
 
 def save_predictions(output: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -60,13 +60,15 @@ def score_predictions(rows: Sequence[dict[str, Any]], metric: str, spellings: st
             row["word_errors"], row["words"] = word_errors(reference, normalize(prediction)) if reference else (0, 0)
 
 
-def summarize(rows: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
+def summarize(rows: Sequence[dict[str, Any]], benchmark: Benchmark) -> dict[str, Any]:
     """Returns the figures of scored predictions, all together and, where they have several, for every `kind`."""
+    metric = benchmark.metric
     recordings = {row["recording"]: row["duration"] for row in rows}
     summary: dict[str, Any] = {
         "questions": len(rows),
         "recordings": len(recordings),
         "hours": round(sum(recordings.values()) / 3600, 4),
+        "rows_left_out": benchmark.left_out,
         "scores": _scores(rows, metric),
     }
     kinds = defaultdict(list)

@@ -36,7 +36,8 @@ from .report import read_predictions, save_predictions, score_predictions, summa
 PACKAGES = ("fastlongspeech", "torch", "transformers", "accelerate", "datasets", "jiwer", "openai", "numpy")
 SETTINGS = "settings.json"
 # What the predictions in an output folder depend on.
-DECISIVE = ("task", "data", "subset", "audio_root", "model", "dtype", "compression", "target_length", "max_new_tokens")
+DATA = ("task", "data", "subset", "audio_root", "limit", "min_seconds", "max_seconds")
+DECISIVE = (*DATA, "model", "dtype", "compression", "target_length", "max_new_tokens")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,6 +49,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--subset", help="configuration of a Hub dataset, or AIR-Bench's task and dataset")
     parser.add_argument("--audio-root", metavar="DIR", help="what recordings are relative to (default: the data's)")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N rows only")
+    parser.add_argument("--min-seconds", type=float, default=0, metavar="S", help="leave out shorter recordings")
+    parser.add_argument("--max-seconds", type=float, metavar="S", help="leave out longer ones")
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--device", help="default: this process's GPU, else the CPU")
@@ -89,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = parse_arguments(argv)
     state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
-    benchmark = load_benchmark(arguments.task, arguments.data, arguments.subset, arguments.audio_root, arguments.limit)
+    benchmark = load_benchmark(*(getattr(arguments, name) for name in DATA))
     chat, template = None, ""
     if arguments.judge:
         if benchmark.metric != "answer":
@@ -109,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 row["judge"] = score
             settings["run"] |= {"judge_model": chat.model, "judge_template": arguments.judge_template}
         save_predictions(arguments.output, rows)
-        text = json.dumps(summarize(rows, benchmark.metric) | settings, indent=1, ensure_ascii=False)
+        text = json.dumps(summarize(rows, benchmark) | settings, indent=1, ensure_ascii=False)
         (arguments.output / "summary.json").write_text(text + "\n", encoding="utf-8")
         print(text)
     state.wait_for_everyone()

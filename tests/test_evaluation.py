@@ -78,6 +78,30 @@ def test_a_manifest_gives_questions_with_what_is_said_of_them(clips, questions):
     assert benchmark.audio(first) == str(clips / "0.wav")
 
 
+def test_shorter_and_longer_recordings_are_left_out_and_counted(checkpoint, questions, tmp_path):
+    summary = evaluate(tmp_path / "out", checkpoint, "--data", questions, "--min-seconds", 1.5, "--max-seconds", 30)
+    assert (summary["questions"], summary["rows_left_out"]) == (2, 4)
+    assert [row["row"] for row in read_journal(tmp_path / "out/predictions.jsonl")] == [4, 5]
+    with pytest.raises(ValueError, match="no recording of 40 to inf s"):
+        load_benchmark("qa", questions, min_seconds=40)
+
+
+def test_a_dataset_of_the_hub_is_loaded_by_name_subset_and_split(clips, monkeypatch):
+    rows = [{"file": "x.flac", "audio": str(clips / "1.wav"), "text": "HELLO", "speaker_id": 3}]
+    table = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio())
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: asked.append((names, options)) or table)
+    (example,) = load_benchmark("asr", "openslr/librispeech_asr#test", "clean").examples
+    assert asked == [(("openslr/librispeech_asr", "clean"), {"split": "test"})]
+    assert (example.answers, example.question) == (["HELLO"], cli.TRANSCRIBE)
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline")))
+    with pytest.raises(
+        ValueError, match="openslr/none is no file or folder, and can't be loaded from the Hub: offline"
+    ):
+        load_benchmark("asr", "openslr/none")
+
+
 @pytest.mark.parametrize("answer", ["noise", ["noise", "a noise"]])
 def test_longspeech_eval_is_a_datasets_folder(clips, tmp_path, answer):
     rows = [{"audio": str(clips / "1.wav"), "question": "What?", "answer": answer} for _ in range(2)]
