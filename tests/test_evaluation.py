@@ -422,7 +422,9 @@ def test_arguments_without_meaning_are_refused(capsys):
 @pytest.mark.slow
 def test_processes_share_the_questions(checkpoint, questions, tmp_path):
     alone = evaluate(tmp_path / "one", checkpoint, "--data", questions, "--batch-size", 1)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    # Without --multi_gpu a machine that has none starts one process.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["-m", "fastlongspeech", "evaluate", "--task", "qa", "--data", questions, "--model", checkpoint]
     command += ["--output", tmp_path / "two", "--device", "cpu", "--max-new-tokens", 6, "--batch-size", 1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
