@@ -103,11 +103,13 @@ def test_a_dataset_of_the_hub_is_loaded_by_name_subset_and_split(clips, monkeypa
 
 
 @pytest.mark.parametrize("answer", ["noise", ["noise", "a noise"]])
-def test_longspeech_eval_is_a_datasets_folder(clips, tmp_path, answer):
+def test_longspeech_eval_is_a_datasets_folder(checkpoint, clips, tmp_path, answer):
     rows = [{"audio": str(clips / "1.wav"), "question": "What?", "answer": answer} for _ in range(2)]
     table = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(decode=False))
     datasets.DatasetDict({"test": table}).save_to_disk(tmp_path / "set")
-    benchmark = load_benchmark("longspeech-eval", f"{tmp_path / 'set'}#test", limit=1)
+    source = f"{tmp_path / 'set'}#test"
+    assert evaluate(tmp_path / "out", checkpoint, "--data", source, task="longspeech-eval")["recordings"] == 1
+    benchmark = load_benchmark("longspeech-eval", source, limit=1)
     (example,) = benchmark.examples
     assert example.answers == ([answer] if isinstance(answer, str) else answer)
     assert benchmark.audio(example)["bytes"] == (clips / "1.wav").read_bytes()
