@@ -112,6 +112,16 @@ def find_model(source: str | None) -> str:
     return source
 
 
+def find_device(name: str | None) -> str:
+    """Returns the device that `--device` names, by default a GPU or the CPU; a ValueError where it is not there."""
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")  # mps lacks segment_reduce
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used here: {error}") from error
+    return device
+
+
 class Session:
     """A loaded model and processor, and the seconds each part of the work has taken."""
 
@@ -123,11 +133,7 @@ class Session:
         self.target_length = arguments.target_length
         source = find_model(arguments.model)
         with self.timed("loading"):
-            device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")  # mps lacks segment_reduce
-            try:
-                torch.zeros(1, device=device)
-            except (RuntimeError, AssertionError) as error:
-                raise ValueError(f"--device {device} cannot be used here: {error}") from error
+            device = find_device(arguments.device)
             self.processor = FastLongSpeechProcessor.from_pretrained(source)
             model = FastLongSpeechForConditionalGeneration.from_pretrained(source, dtype=arguments.dtype)
             self.model = model.to(device)

@@ -21,7 +21,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ..cli import MAX_NEW_TOKENS
+from ..cli import MAX_NEW_TOKENS, find_device, find_model
 from ..compression_fastlongspeech import COMPRESSIONS
 from ..configuration_fastlongspeech import FastLongSpeechConfig
 from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
@@ -51,7 +51,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, metavar="N", help="the first N rows only")
     parser.add_argument("--min-seconds", type=float, default=0, metavar="S", help="leave out shorter recordings")
     parser.add_argument("--max-seconds", type=float, metavar="S", help="leave out longer ones")
-    parser.add_argument("--model", required=True, help="folder or Hub id")
+    parser.add_argument("--model", help="folder or Hub id (default: the demo model of a checkout)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--device", help="default: this process's GPU, else the CPU")
     parser.add_argument(
@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ValueError: an argument, the data or the judge's endpoint can't be used.
     """
     arguments = parse_arguments(argv)
+    arguments.model = find_model(arguments.model)
     state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
     benchmark = load_benchmark(*(getattr(arguments, name) for name in DATA))
     chat, template = None, ""
@@ -101,21 +102,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         template = read_template(arguments.judge_template)
 
     predict(arguments, benchmark, state)
+    state.destroy_process_group()  # nobody waits while the main process scores
     if state.is_main_process:
         settings = json.loads((arguments.output / SETTINGS).read_text(encoding="utf-8"))
         rows = read_predictions(arguments.output, benchmark)
         score_predictions(rows, benchmark.metric, arguments.spellings)
         settings["run"]["spellings"] = arguments.spellings
+        for row in rows:
+            row.pop("judge", None)  # of an earlier run of the command
         if chat is not None:
             verdicts = arguments.output / "verdicts.jsonl"
             for row, score in zip(rows, judge(rows, chat, template, verdicts, arguments.judge_workers), strict=True):
                 row["judge"] = score
-            settings["run"] |= {"judge_model": chat.model, "judge_template": arguments.judge_template}
+            settings["run"] |= {"judge_model": chat.model, "judge_prompt": template}
         save_predictions(arguments.output, rows)
         text = json.dumps(summarize(rows, benchmark) | settings, indent=1, ensure_ascii=False)
         (arguments.output / "summary.json").write_text(text + "\n", encoding="utf-8")
         print(text)
-    state.wait_for_everyone()
 
 
 def predict(arguments: argparse.Namespace, benchmark: Benchmark, state: Any) -> None:
@@ -132,7 +135,7 @@ def predict(arguments: argparse.Namespace, benchmark: Benchmark, state: Any) -> 
 
     waiting = [example for example in benchmark.examples if example.row not in done]
     if waiting:
-        device = arguments.device or str(state.device)
+        device = find_device(arguments.device or str(state.device))
         processor = FastLongSpeechProcessor.from_pretrained(arguments.model)
         config = FastLongSpeechConfig.from_pretrained(arguments.model)
         if arguments.compression == "ntk_rope":
