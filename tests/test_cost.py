@@ -84,16 +84,21 @@ def test_a_ctc_decoder_without_projector_reads_the_model_s():
     assert ModelCost(config).fusion(1000, 500)[0] == products(D * H + H * PIECES, 1000)
 
 
+def nearly(operations: int) -> object:
+    """Older transformers find the angles of rotary positions by a product of matrices: a few operations a token."""
+    return pytest.approx(operations, rel=1e-3)
+
+
 def test_the_language_model_attends_to_all_pairs(counted):
-    assert counted.language_model(50) == language_model(50)
-    assert counted.language_model(1, cached=50) == language_model(1, cached=50)
+    assert counted.language_model(50) == nearly(language_model(50))
+    assert counted.language_model(1, cached=50) == nearly(language_model(1, cached=50))
     assert counted.logits(3) == products(H, VOCABULARY, 3)
     assert counted.projector(50) == products(D, H, 50)
 
 
 def test_an_answer_is_decoded_token_by_token(counted):
     expected = sum(language_model(1, cached=prompt) + products(H, VOCABULARY, 1) for prompt in range(50, 59))
-    assert counted.answer(50, 10) == expected
+    assert counted.answer(50, 10) == nearly(expected)
     assert counted.answer(50, 1) == 0
 
 
@@ -101,7 +106,7 @@ def test_a_recording_is_the_sum_of_its_parts(counted):
     cost = counted.recording(40.0, target_length=100, text_tokens=30, answer_tokens=5)
     assert (cost.seconds, cost.windows, cost.frames, cost.tokens) == (40.0, 2, 1000, 100)
     assert cost.flops["encoder"] == window(3000, 3000) + window(1000, 1002)
-    assert cost.flops["prefill"] == language_model(130) + products(H, VOCABULARY, 1)
+    assert cost.flops["prefill"] == nearly(language_model(130) + products(H, VOCABULARY, 1))
     assert cost.flops["answer"] == counted.answer(130, 5)
     assert cost.total == sum(cost.flops.values())
     whole = counted.recording(40.0, compression="none", text_tokens=30, answer_tokens=5)

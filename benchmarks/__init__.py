@@ -1,0 +1,1 @@
+"""What the package costs in seconds and bytes, each measured by one script; `report.py` makes docs/performance.md."""

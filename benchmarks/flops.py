@@ -1,0 +1,157 @@
+"""The paper's costs beside those counted at the sizes of Qwen2-Audio-7B, without weights and within minutes.
+
+    python -m fastlongspeech.benchmarks.flops
+
+The paper's reading that fits its figures for short clips: one prefill and no answer, every window encoded at its full
+30 s, logits of the vocabulary at every position, a CTC decoder of two matrices, asked anew in every round of the
+ladder 400, 200, 100, 50. Frames and text tokens of the mean clip are fitted: the paper does not give them.
+LongSpeech-Eval is counted for one recording of its mean duration, halved by Eq. 5, with 40 text tokens; a spread of
+durations would add to what every frame costs, and hardly change ours.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+from fastlongspeech import FastLongSpeechConfig
+from fastlongspeech.cost import QWEN2_AUDIO_7B, TEXT_TOKENS, ModelCost, mel_frames_of
+
+from .common import FRAMES_PER_SECOND, RESULTS, TINY, number, parse, table
+
+# Seconds, text tokens, the schedule of lengths, and TFLOPs by L (None: every frame).
+PAPER: dict[str, tuple[float, int, str, dict[int | None, float]]] = {
+    "LibriTTS": (490 / FRAMES_PER_SECOND, 28, "ladder", {None: 9.79, 400: 8.54, 200: 5.64, 100: 4.17}),
+    "Fisher": (636 / FRAMES_PER_SECOND, 15, "ladder", {None: 11.76, 400: 8.25, 200: 5.46, 100: 4.06, 50: 3.35}),
+    "LongSpeech-Eval": (132.77, TEXT_TOKENS, "halving", {None: 61.21, 750: 26.44}),
+}
+SECONDS = (10, 30, 60, 133, 300, 600, 1800, 3600, 7200, 36_000)
+LENGTHS = (750, 400, 100)
+EVERY_FRAME = "every frame"
+PARTS = ("encoder", "ctc decoder", "fusion", "projector", "prefill")
+ANSWER_TOKENS = 100
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    arguments = parse(__doc__ or "", argv)
+    sizes = TINY if arguments.quick else QWEN2_AUDIO_7B
+    counter = {
+        schedule: ModelCost(FastLongSpeechConfig(**sizes, fusion_schedule=schedule))
+        for schedule in ("halving", "ladder")
+    }
+    datasets = list(PAPER)[-1:] if arguments.quick else list(PAPER)
+    papers = [
+        compare(counter[schedule], name, seconds, text_tokens, length, paper)
+        for name in datasets
+        for seconds, text_tokens, schedule, figures in [PAPER[name]]
+        for length, paper in tqdm(figures.items(), desc=name, leave=False, disable=None)
+    ]
+    durations = []
+    halving = counter["halving"]
+    for seconds in tqdm(SECONDS[:2] if arguments.quick else SECONDS, desc="durations", leave=False, disable=None):
+        fused = {length: halving.recording(seconds, length) for length in LENGTHS}
+        every = halving.recording(seconds, compression="none")
+        flops = {f"L = {length}": cost.total for length, cost in fused.items()} | {EVERY_FRAME: every.total}
+        parts = {part: fused[400].flops[part] for part in PARTS}
+        prompts = {"L = 400": fused[400].tokens + TEXT_TOKENS, EVERY_FRAME: every.tokens + TEXT_TOKENS}
+        answers = {name: halving.answer(prompt, ANSWER_TOKENS) for name, prompt in prompts.items()}
+        durations.append({"seconds": seconds, "totals": flops, "parts": parts, "answers": answers})
+    results = {
+        "benchmark": "flops",
+        "command": "python -m fastlongspeech.benchmarks.flops",
+        "machine": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "papers": papers,
+        "durations": durations,
+    }
+    output = arguments.output or (None if arguments.quick else RESULTS / "flops.json")
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(results, indent=1) + "\n")
+    print(report(results))
+    return results
+
+
+def compare(
+    counter: ModelCost, name: str, seconds: float, text_tokens: int, length: int | None, paper: float
+) -> dict[str, Any]:
+    """Returns one of the paper's figures in TFLOPs, its reading counted, and what this package saves of that."""
+    mel_frames = mel_frames_of(seconds)
+    compression = "none" if length is None else "iterative_fusion"
+    ours = counter.recording(seconds, length, compression, text_tokens)
+    two_matrices, fusion = counter.fusion(ours.frames, length, compression, product=False)
+    encoder = counter.encoder(np.full_like(mel_frames, 3000))
+    prompt = ours.tokens + text_tokens
+    logits = counter.logits(prompt)
+    reading = (
+        encoder + two_matrices + fusion + counter.projector(ours.tokens) + counter.language_model(prompt) + logits
+    )
+    return {
+        "data": name,
+        "target_length": length,
+        "frames": ours.frames,
+        "text_tokens": text_tokens,
+        "paper": paper,
+        "reading": reading / 1e12,
+        "ours": ours.total / 1e12,
+        "saved": {
+            "logits": (logits - counter.logits(1)) / 1e12,
+            "encoder": (encoder - ours.flops["encoder"]) / 1e12,
+            "ctc": (two_matrices - ours.flops["ctc decoder"]) / 1e12,
+        },
+    }
+
+
+def report(results: dict[str, Any]) -> str:
+    """Returns the tables of results."""
+    papers = [
+        [
+            f"{row['data']}, " + ("every frame" if row["target_length"] is None else f"L = {row['target_length']}"),
+            f"{row['frames']} + {row['text_tokens']}",
+            f"{row['paper']:.2f}",
+            f"{row['reading']:.2f}",
+            f"{row['reading'] / row['paper'] - 1:+.1%}",
+            *(f"{row['saved'][part]:.2f}" for part in ("logits", "encoder", "ctc")),
+            f"{row['ours']:.2f}",
+            f"{row['ours'] / row['reading'] - 1:+.0%}",
+        ]
+        for row in results["papers"]
+    ]
+    unexplained = [
+        f"{row['data']}'s {row['paper']:.2f} (with logits at the last position alone the count would be "
+        f"{row['reading'] - row['saved']['logits']:.2f})"
+        for row in results["papers"]
+        if abs(row["reading"] / row["paper"] - 1) > 0.02
+    ]
+    lengths = [f"L = {length}" for length in LENGTHS]
+    durations = [
+        [
+            f"{row['seconds']:,}",
+            *(number(row["totals"][length] / row["totals"][EVERY_FRAME]) for length in lengths),
+            *(number(flops / 1e12) for field in ("totals", "parts", "answers") for flops in row[field].values()),
+        ]
+        for row in results["durations"]
+    ]
+    saved = ["last-position logits", "encoder by duration", "one CTC matrix"]
+    headings = [f"{length} / {EVERY_FRAME}" for length in lengths] + [*lengths, EVERY_FRAME]
+    headings += [f"{part}, L = 400" for part in PARTS]
+    headings += [f"{ANSWER_TOKENS - 1} more tokens, {name}" for name in ("L = 400", EVERY_FRAME)]
+    return "\n\n".join(
+        [
+            "TFLOPs of a mean clip, in the paper and counted; what this package saves, and what it then takes:",
+            table(
+                ["data, method", "frames + text", "paper", "counted", "off by", *saved, "this package", "less"], papers
+            ),
+            f"Not explained to 2 %: {'; '.join(unexplained) or 'nothing'}.",
+            "TFLOPs to the first token by duration, first in terms of every frame's; then the parts, and the rest of "
+            f"an answer of {ANSWER_TOKENS} tokens:",
+            table(["recording, s", *headings], durations),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Density and fusion against the loop a reader of the paper would write, and against the encoder.
+
+    python -m fastlongspeech.benchmarks.fusion --device cpu
+
+At the sizes of Qwen2-Audio-7B, with random weights, in float32 on a CPU and bfloat16 on a GPU. Every recording is
+fused to 400 frames. The loop goes through the recordings one by one, and its CTC decoder has two matrices as in the
+paper's release, or their product. All results are compared, in float32: where two methods chose the same span, its
+frame must be the same to 1e-4 of the largest element; where two similarities are equal but for rounding, the choice
+may differ.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlongspeech import FastLongSpeechConfig
+from fastlongspeech.encoder_fastlongspeech import FastLongSpeechCTCDecoder, FastLongSpeechEncoder
+from fastlongspeech.fusion_fastlongspeech import content_density, iterative_fusion
+
+from .common import Benchmark, dtype_of, figure, load_config, number, parse, ratio, table
+
+TARGET_LENGTH = 400
+FRAMES = (750, 1500, 3319, 9000, 22_500, 90_000, 900_000)
+BATCHES = (1, 8)
+WINDOW_FRAMES = 750
+CHUNK = 4096  # frames whose logits the loop holds at a time: all those of 10 hours would fill 36 GB
+OURS, TWO, ONE, ENCODER = "ours", "loop, two matrices", "loop, one matrix", "encoder"
+
+
+def loop(recordings: Iterable[Tensor], target_length: int, density: Callable) -> list[tuple[Tensor, Tensor]]:
+    """Returns Eq. 3 to 6 as the paper writes them: the frames of every recording, and where their spans begin."""
+    results = []
+    for frames in recordings:
+        starts = torch.arange(len(frames), device=frames.device)
+        while len(frames) > target_length:
+            shorter = len(frames) // 2 if len(frames) > 2 * target_length else target_length
+            weights = density(frames)
+            hidden = frames.float()
+            similarity = F.cosine_similarity(hidden[:-1], hidden[1:], dim=-1)
+            glued = torch.zeros(len(frames), dtype=torch.bool, device=frames.device)
+            glued[similarity.topk(len(frames) - shorter).indices + 1] = True
+            span = (~glued).cumsum(0) - 1
+            sums = hidden.new_zeros(shorter, hidden.shape[1]).index_add_(0, span, hidden * weights[:, None])
+            weights = hidden.new_zeros(shorter).index_add_(0, span, weights)
+            frames = (sums / (weights + 1e-7)[:, None]).to(frames.dtype)
+            starts = starts[~glued]
+        results.append((frames, starts))
+    return results
+
+
+class Densities(nn.Module):
+    """The three ways to the same densities, with random weights."""
+
+    def __init__(self, config: FastLongSpeechConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.audio_config.d_model)  # type: ignore[union-attr]
+        self.decoder = FastLongSpeechCTCDecoder(config)
+        projector, linear = self.decoder.projector, self.decoder.linear
+        assert projector is not None
+        with torch.no_grad():
+            self.weight = nn.Parameter(linear.weight @ projector.weight)
+            self.bias = nn.Parameter(linear.weight @ projector.bias)
+
+    def ours(self, frames: Tensor) -> Tensor:
+        return self.decoder(self.norm(frames), reduce=content_density)
+
+    def two(self, frames: Tensor) -> Tensor:
+        chunks = self.norm(frames).split(CHUNK)
+        return torch.cat([1 - self.decoder(chunk).float().softmax(-1)[:, -1] for chunk in chunks])
+
+    def one(self, frames: Tensor) -> Tensor:
+        chunks = self.norm(frames).split(CHUNK)
+        return torch.cat([1 - F.linear(chunk, self.weight, self.bias).float().softmax(-1)[:, -1] for chunk in chunks])
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    arguments = parse(__doc__ or "", argv)
+    device, quick = arguments.device, arguments.quick
+    config = load_config("tiny" if quick else "7b")
+    width = config.audio_config.d_model  # type: ignore[union-attr]
+    torch.manual_seed(0)
+    with torch.device(device):
+        encoder = FastLongSpeechEncoder._from_config(config.audio_config, dtype=dtype_of(device)).eval()
+        exact = Densities(config).eval()
+        density = Densities(config).to(dtype_of(device)).eval()
+    density.load_state_dict(exact.state_dict())
+    windows = 1 if device == "cpu" else config.windows_per_batch
+    features = torch.randn(windows, encoder.config.num_mel_bins, 3000, device=device, dtype=dtype_of(device))
+    mel_frames = torch.full((windows,), 3000)
+
+    benchmark = Benchmark("fusion", arguments)
+    for batch in BATCHES:
+        for count in (1200,) if quick else FRAMES:
+            generator = torch.Generator(device).manual_seed(count)
+            # Neighbours are alike, as in speech.
+            slow = torch.randn(batch, count // 4 + 1, width, generator=generator, device=device)
+            frames = slow.repeat_interleave(4, dim=1)[:, :count]
+            frames = frames + 0.5 * torch.randn(frames.shape, generator=generator, device=device)
+            frames = frames.to(dtype_of(device))
+            calls: dict[str, Callable[[], Any]] = {
+                OURS: partial(fuse, frames, density),
+                TWO: partial(loop, frames, TARGET_LENGTH, density.two),
+                ONE: partial(loop, frames, TARGET_LENGTH, density.one),
+            }
+            work = dict.fromkeys(calls, float(batch * count))
+            needs = dict.fromkeys(calls, 5 * 4.0 * batch * count * width)
+            if batch == 1:
+                calls[ENCODER] = partial(encoder, features, mel_frames)
+                work[ENCODER], needs[ENCODER] = 0, 0
+            row = benchmark.measure({"batch": batch, "frames": count, "windows encoded": windows}, calls, work, needs)
+            if "runs" in row["calls"][TWO] and "equal_spans" not in row:
+                largest, equal = compare(frames.float(), exact)
+                benchmark.note(row, largest_difference=largest, equal_spans=equal)
+                if largest > 1e-4 or equal < 0.99:
+                    sys.exit(
+                        f"the results differ by {largest:.1e}, or in {1 - equal:.1%} of their spans: {row['case']}"
+                    )
+    print(report(benchmark.results))
+    return benchmark.results
+
+
+def fuse(frames: Tensor, density: Densities) -> Any:
+    """Returns what the model makes of a batch of recordings without padding."""
+    lengths = torch.full((len(frames),), frames.shape[1])
+    return iterative_fusion(frames, lengths, TARGET_LENGTH, density.ours)
+
+
+@torch.no_grad()
+def compare(frames: Tensor, density: Densities) -> tuple[float, float]:
+    """Returns by how much our frames differ from the loops' at most, and the share of spans that are the same."""
+    fused = fuse(frames, density)
+    same, spans, largest = 0, 0, 0.0
+    for of_loop in (density.two, density.one):
+        for index, (expected, starts) in enumerate(loop(frames, TARGET_LENGTH, of_loop)):
+            end = torch.full_like(starts[:1], frames.shape[1])
+            ends = torch.cat((starts[1:], end))
+            ours = fused.spans[index]
+            place = torch.searchsorted(ours[:, 0].contiguous(), starts).clamp(max=len(ours) - 1)
+            equal = (ours[place] == torch.stack((starts, ends), dim=1)).all(1)
+            difference = (fused.frames[index][place] - expected)[equal].abs().max() / expected.abs().max()
+            same, spans, largest = same + int(equal.sum()), spans + len(starts), max(largest, float(difference))
+    return largest, same / spans
+
+
+def share_of_encoder(row: dict[str, Any]) -> float | None:
+    """Returns the time of density and fusion in terms of the encoder's for the whole recording, or None."""
+    of_windows = ratio(row, OURS, ENCODER)
+    if of_windows is None:
+        return None
+    return of_windows * row["case"]["windows encoded"] * WINDOW_FRAMES / row["case"]["frames"]
+
+
+def goals(results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Returns what was to be reached: the figure, the goal and what was measured."""
+    rows = results["rows"]
+    most = "5 %" if "cuda" in results["command"] else "4 %"
+    shares = [share for row in rows if (share := share_of_encoder(row)) is not None]
+    goals = [("density and fusion / encoder", f"at most {most}", f"{max(shares):.1%} at most")] if shares else []
+    for loop, least in ((TWO, 3), (ONE, 1)):
+        ratios = [measured for row in rows if (measured := ratio(row, loop, OURS)) is not None]
+        if ratios:
+            goals.append((f"{loop} / ours", f"at least {least}", f"{min(ratios):.2f} at least"))
+    return goals
+
+
+def report(results: dict[str, Any]) -> str:
+    """Returns the tables of results."""
+    rows = []
+    for row in results["rows"]:
+        share = share_of_encoder(row)
+        rows.append(
+            [
+                f"{row['case']['frames']:,}",
+                str(row["case"]["batch"]),
+                "" if share is None else f"{share:.1%}",
+                number(ratio(row, TWO, OURS)),
+                number(ratio(row, ONE, OURS)),
+                *(figure(row, name, "seconds") for name in (OURS, TWO, ONE)),
+                *(figure(row, name, "bytes", 1e6) for name in (OURS, TWO, ONE)),
+            ]
+        )
+    headings = ["frames", "batch", "share of the encoder's time", "two matrices / ours", "one matrix / ours"]
+    headings += ["ours, s", "two, s", "one, s", "ours, MB", "two, MB", "one, MB"]
+    largest = max((row["largest_difference"] for row in results["rows"] if "largest_difference" in row), default=None)
+    fewest = min((row["equal_spans"] for row in results["rows"] if "equal_spans" in row), default=None)
+    checked = ""
+    if largest is not None and fewest is not None:
+        checked = (
+            f"\n\nThe frames differ by at most {largest:.1e}, where the spans are equal; {fewest:.2%} of them are."
+        )
+    return table(headings, rows) + checked
+
+
+if __name__ == "__main__":
+    main()

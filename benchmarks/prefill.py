@@ -1,0 +1,147 @@
+"""Time to the first token of the answer, and memory, from a recording's mel features on the device.
+
+    python -m fastlongspeech.benchmarks.prefill --device cuda
+
+Ours at several L and average pooling, against reading every frame, which is what NTK-RoPE does: it changes the base of
+the rotary positions, which takes no time, so the same weights serve for all. Every method computes logits at the last
+position alone, save the stock model of transformers, which reads at most 30 s. A batch holds recordings of the same
+duration. Beside the times stand the counted operations, see `cost.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import log
+from typing import Any
+
+import torch
+from transformers import Qwen2AudioForConditionalGeneration
+
+from fastlongspeech.cost import TEXT_TOKENS, ModelCost
+
+from .common import (
+    FRAMES_PER_SECOND,
+    Benchmark,
+    figure,
+    load_model,
+    number,
+    parse,
+    ratio,
+    table,
+    windows_of,
+)
+
+SECONDS = (10, 30, 60, 133, 300, 600, 1200, 1800, 3600, 7200)
+BATCHES = (2, 4, 8, 16, 32)  # at 30 s
+EVERY_FRAME, STOCK = "every frame (NTK-RoPE)", "stock"
+METHODS: dict[str, dict[str, Any]] = {
+    "ours, L = 750": {"target_length": 750},
+    "ours, L = 400": {"target_length": 400},
+    "ours, L = 100": {"target_length": 100},
+    "average pooling, L = 400": {"target_length": 400, "compression": "average_pooling"},
+    EVERY_FRAME: {"compression": "none"},
+}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    arguments = parse(__doc__ or "", argv, models=("tenth", "7b"))
+    device, quick = arguments.device, arguments.quick
+    model = load_model(arguments.model, device)
+    cost = ModelCost(model.config)
+    stock = stock_model(model)
+    benchmark = Benchmark("prefill", arguments)
+    cases = [(1, seconds) for seconds in ((40,) if quick else SECONDS)]
+    cases += [(batch, 30) for batch in ((2,) if quick else BATCHES)]
+    for batch, seconds in cases:
+        counted = {name: cost.recording(seconds, **options) for name, options in METHODS.items()}
+        audio = windows_of(seconds, model.config.audio_config.num_mel_bins, device, batch)
+        calls: dict[str, Callable[[], Any]] = {}
+        for name, options in METHODS.items():
+            inputs = audio | prompts(model.config, batch, counted[name].tokens, device)
+            calls[name] = partial(model.generate, **inputs, **options, max_new_tokens=1, do_sample=False)
+        if seconds <= 30:
+            inputs = audio | prompts(model.config, batch, seconds * FRAMES_PER_SECOND, device)
+            del inputs["windows_per_audio"]
+            calls[STOCK] = partial(stock.generate, **inputs, max_new_tokens=1, do_sample=False)
+        work = {name: float(batch * costs.total) for name, costs in counted.items()}
+        needs = {name: batch * cache_bytes(model, costs.tokens) for name, costs in counted.items()}
+        row = benchmark.measure(
+            {"batch": batch, "seconds": seconds}, calls, work | {STOCK: 0.0}, needs | {STOCK: needs[EVERY_FRAME]}
+        )
+        benchmark.note(row, tflops={name: batch * costs.total / 1e12 for name, costs in counted.items()})
+    print(report(benchmark.results))
+    return benchmark.results
+
+
+def stock_model(model: Any) -> Any:
+    """Returns transformers' Qwen2-Audio on the weights of ours."""
+    with torch.device("meta"):
+        stock = Qwen2AudioForConditionalGeneration._from_config(model.config, dtype=model.dtype).eval()
+    stock.load_state_dict(model.state_dict(), strict=False, assign=True)
+    stock.model.language_model.rotary_emb = model.model.language_model.rotary_emb
+    stock.generation_config = model.generation_config
+    return stock
+
+
+def prompts(config: Any, batch: int, tokens: int, device: str) -> dict[str, torch.Tensor]:
+    """Returns prompts of a recording's placeholders between words."""
+    words = torch.randint(0, 100, (TEXT_TOKENS,), generator=torch.Generator().manual_seed(0))
+    placeholders = torch.full((tokens,), config.audio_token_index)
+    ids = torch.cat((words[:15], placeholders, words[15:])).expand(batch, -1).to(device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def cache_bytes(model: Any, tokens: int) -> float:
+    """Returns the bytes of the keys and values of a prompt."""
+    text = model.config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2.0 * text.num_hidden_layers * text.num_key_value_heads * head * tokens * model.dtype.itemsize
+
+
+def goals(results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Returns what was to be reached: the figure, the goal and what was measured."""
+    goals = []
+    times = {}
+    for row in results["rows"]:
+        for name in ("ours, L = 750", "ours, L = 400"):
+            measured = ratio(row, name, EVERY_FRAME)
+            if row["case"] == {"batch": 1, "seconds": 133} and measured is not None:
+                counted = row["tflops"][name] / row["tflops"][EVERY_FRAME]
+                wanted = f"{counted:.2f}, as counted, to 15 %"
+                goals.append((f"{name} / every frame, 133 s", wanted, f"{measured:.2f}"))
+        call = row["calls"]["ours, L = 400"]
+        if row["case"]["batch"] == 1 and row["case"]["seconds"] >= 600 and "seconds" in call:
+            times[row["case"]["seconds"]] = call["seconds"]
+    if len(times) > 1:
+        short, long = min(times), max(times)
+        growth = log(times[long] / times[short]) / log(long / short)
+        goals.append((f"ours, L = 400, {short} s to {long} s", "time as duration^1", f"duration^{growth:.2f}"))
+    return goals
+
+
+def report(results: dict[str, Any]) -> str:
+    """Returns the tables of results: ratios, seconds and memory."""
+    names = [*METHODS, STOCK]
+    others = [name for name in names if name != EVERY_FRAME]
+    ratios, seconds, memory = [], [], []
+    for row in results["rows"]:
+        case = [f"{row['case']['seconds']:,}", str(row["case"]["batch"])]
+        counted = {name: flops / row["tflops"][EVERY_FRAME] for name, flops in row["tflops"].items()}
+        pairs = [(number(ratio(row, name, EVERY_FRAME)), number(counted.get(name))) for name in others]
+        ratios.append(case + [f"{measured} ({count})" if count else measured for measured, count in pairs])
+        seconds.append(case + [figure(row, name, "seconds") for name in names])
+        memory.append(case + [figure(row, name, "bytes", 1e6) for name in names])
+    first = ["recording, s", "batch"]
+    return "\n\n".join(
+        [
+            "Seconds in terms of those of every frame, and in brackets the counted operations likewise:",
+            table(first + others, ratios),
+            "Seconds to the first token:",
+            table(first + names, seconds),
+            "Peak memory beyond weights and mel features, MB:",
+            table(first + names, memory),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

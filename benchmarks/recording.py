@@ -1,0 +1,95 @@
+"""From a file to the first token: seconds of each part, and memory beyond weights and waveform.
+
+    python -m fastlongspeech.benchmarks.recording --device cpu
+
+A FLAC file of noise, as long as an hour and as ten, goes through everything that `fastlongspeech ask` does. Every
+duration is run once. The memory is that of the process and, on a GPU, also the GPU's.
+"""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fastlongspeech import load_recording
+
+from .common import Benchmark, PeakMemory, load_model, number, parse, table, tiny_processor
+from .frontend import write_noise
+
+SECONDS = (60, 600, 3600, 36_000)
+PARTS = ("decoding", "features", "first token")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    arguments = parse(__doc__ or "", argv, models=("tenth", "7b"))
+    device = arguments.device
+    processor = tiny_processor(128)
+    model = load_model(arguments.model, device, audio_token_index=processor.audio_token_id)
+    benchmark = Benchmark("recording", arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        for seconds in tqdm((1, 31) if arguments.quick else SECONDS, unit="recording", leave=False, disable=None):
+            if any(row["case"]["seconds"] == seconds for row in benchmark.results["rows"]):
+                continue
+            path = write_noise(Path(folder, "recording.flac"), seconds, 16_000, 1)
+            times = [time.perf_counter()]
+            with PeakMemory("cpu") as host, PeakMemory(device) as memory:
+                samples = load_recording(path)
+                times.append(time.perf_counter())
+                inputs = prepare(processor, samples)
+                times.append(time.perf_counter())
+                model.generate(**inputs.to(device), max_new_tokens=1, do_sample=False)
+                times.append(time.perf_counter())
+                del inputs
+            parts = dict(zip(PARTS, (end - start for start, end in zip(times, times[1:], strict=False)), strict=True))
+            peaks = {"host": None if host.bytes is None else host.bytes - samples.nbytes}
+            if device != "cpu":
+                peaks["GPU"] = memory.bytes
+            benchmark.add({"case": {"seconds": seconds}, "parts": parts, "bytes": peaks})
+    print(report(benchmark.results))
+    return benchmark.results
+
+
+def prepare(processor: Any, samples: Any) -> Any:
+    """Returns the inputs of the model for a question about a recording."""
+    turn = {
+        "role": "user",
+        "content": [{"type": "audio", "audio": samples}, {"type": "text", "text": "What is said?"}],
+    }
+    return processor.apply_chat_template(
+        [turn], add_generation_prompt=True, tokenize=True, return_dict=True, sampling_rate=16_000
+    )
+
+
+def goals(results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Returns what was to be reached: the figure, the goal and what was measured."""
+    goals = []
+    for row in results["rows"]:
+        known = [peak for peak in row["bytes"].values() if peak is not None]
+        if row["case"]["seconds"] == 3600 and known:
+            goals.append(("memory beyond weights and waveform, 1 h", "at most 2 GB", f"{max(known) / 1e9:.2f} GB"))
+        if row["case"]["seconds"] == 36_000:
+            goals.append(("first token of 10 h", "comes", f"after {sum(row['parts'].values()):,.0f} s"))
+    return goals
+
+
+def report(results: dict[str, Any]) -> str:
+    """Returns the table of results."""
+    memories = list(results["rows"][0]["bytes"])
+    rows = [
+        [
+            f"{row['case']['seconds']:,}",
+            number(row["case"]["seconds"] / sum(row["parts"].values())),
+            *(number(row["parts"][part]) for part in PARTS),
+            *(number(None if row["bytes"][name] is None else row["bytes"][name] / 1e6) for name in memories),
+        ]
+        for row in results["rows"]
+    ]
+    headings = ["recording, s", "times real time", *(f"{part}, s" for part in PARTS)]
+    return table(headings + [f"{name}, MB" for name in memories], rows)
+
+
+if __name__ == "__main__":
+    main()

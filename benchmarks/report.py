@@ -1,0 +1,122 @@
+"""Writes docs/performance.md and its plots from the files in benchmarks/results/, each table under its command.
+
+python -m fastlongspeech.benchmarks.report
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+from matplotlib import pyplot  # noqa: E402  # after the choice of what it draws with
+
+from . import encoder, flops, frontend, fusion, prefill, recording, trials  # noqa: E402
+from .common import RESULTS, table  # noqa: E402
+
+DOCS = Path(__file__).parents[1] / "docs"
+SECTIONS: dict[str, tuple[str, Any]] = {
+    "flops": ("Operations, counted", flops),
+    "fusion": ("Density and fusion", fusion),
+    "encoder": ("Encoder", encoder),
+    "prefill": ("Time to the first token", prefill),
+    "frontend": ("Decoding and mel features", frontend),
+    "recording": ("From a file to the first token", recording),
+    "trials": ("What was tried on the encoder", trials),
+}
+WITH_GOALS: dict[str, Any] = {"fusion": fusion, "prefill": prefill, "recording": recording}
+HEAD = """# Cost and speed
+
+Written by `python -m fastlongspeech.benchmarks.report` from the files in `benchmarks/results/`; each table stands
+under the command that measured it. In a clean clone, `make test` makes the environment for these commands in `.venv`;
+`--device` names another device, and `--quick` shows in seconds that a script works. What a recording of yours costs,
+before it is run:
+
+```bash
+fastlongspeech cost interview.mp3 --target-length 400 --model Qwen/Qwen2-Audio-7B-Instruct
+```
+
+Times are medians over repeats after one run to warm up, and ratios are medians over pairs that ran in turn; memory is
+the peak of a run beyond what was held before it.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write to (default: docs)")
+    arguments = parser.parse_args(argv)
+    arguments.docs.mkdir(parents=True, exist_ok=True)
+    files = sorted(arguments.results.glob("*.json"))
+    if not files:
+        raise SystemExit(f"--results {arguments.results} holds no results; run a benchmark first.")
+    found = [(file.stem, json.loads(file.read_text())) for file in files]
+    parts = [HEAD.strip()]
+    goals = [
+        [figure, place(results), wanted, measured]
+        for _, results in found
+        if results["benchmark"] in WITH_GOALS
+        for figure, wanted, measured in WITH_GOALS[results["benchmark"]].goals(results)
+    ]
+    if goals:
+        parts += ["## What was to be reached", table(["figure", "at", "wanted", "measured"], goals)]
+    for name, (title, module) in SECTIONS.items():
+        of_section = [(stem, results) for stem, results in found if results["benchmark"] == name]
+        if of_section:
+            parts += [f"## {title}", explanation(module)]
+        for stem, results in of_section:
+            parts += [f"```bash\n{results['command']}\n```", machine(results["machine"]), module.report(results)]
+            if name == "prefill":
+                draw(results, arguments.docs / f"{stem}.svg")
+                parts.append(f"![Seconds and memory against duration]({stem}.svg)")
+    (arguments.docs / "performance.md").write_text("\n\n".join(parts) + "\n")
+
+
+def explanation(module: Any) -> str:
+    """Returns what the docstring of a benchmark says, save its command."""
+    return "\n\n".join(part for part in module.__doc__.strip().split("\n\n") if not part.startswith("    "))
+
+
+def place(results: dict[str, Any]) -> str:
+    """Returns the device and the sizes of a benchmark."""
+    return f"{results['machine']['device']}, {results['model'] or '7b'}"
+
+
+def machine(facts: dict[str, Any]) -> str:
+    """Returns a sentence about where a benchmark ran."""
+    versions = f"torch {facts['torch']}, transformers {facts['transformers']}"
+    if "device" not in facts:
+        return f"Counted with {versions}."
+    return (
+        f"On {facts['device']} ({facts['dtype']}; {facts['cores']} cores, {facts['threads']} threads), load "
+        f"{facts['load_before']} before, with {versions}, Python {facts['python']}, on {facts['date']}."
+    )
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Writes a plot of seconds and of memory against duration, both logarithmic, of every method."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    for axis, field, scale, label in ((axes[0], "seconds", 1, "s"), (axes[1], "bytes", 1e6, "MB")):
+        for name in [*prefill.METHODS, prefill.STOCK]:
+            points = [
+                (row["case"]["seconds"], row["calls"][name][field] / scale)
+                for row in results["rows"]
+                if row["case"]["batch"] == 1 and row["calls"].get(name, {}).get(field)
+            ]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        axis.set(xscale="log", yscale="log", xlabel="recording, s", ylabel=label)
+        axis.grid(True, which="both", linewidth=0.3)
+    axes[0].set_title("Time to the first token")
+    axes[1].set_title("Peak memory beyond weights and mel features")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Every benchmark runs, at tiny sizes, and its results become a page."""
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastlongspeech.benchmarks import encoder, flops, frontend, fusion, prefill, recording, report, trials
+from fastlongspeech.benchmarks.common import Benchmark, PeakMemory, parse, ratio, table
+
+QUICK = [fusion, encoder, prefill, frontend, recording, trials, flops]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.mark.parametrize("module", QUICK, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_a_benchmark_runs(module, results, capsys):
+    output = results / f"{module.__name__.rpartition('.')[2]}.json"
+    made = module.main(["--quick", "--device", "cpu", "--output", str(output)])
+    assert json.loads(output.read_text()) == made
+    assert module.report(made) in capsys.readouterr().out
+    assert "left_out" not in output.read_text()
+
+
+def test_the_page_holds_every_table(results, tmp_path):
+    report.main(["--results", str(results), "--docs", str(tmp_path)])
+    page = (tmp_path / "performance.md").read_text()
+    for module in QUICK:
+        name = module.__name__.rpartition(".")[2]
+        made = json.loads((results / f"{name}.json").read_text())
+        assert f"```bash\n{made['command']}\n```" in page
+        assert module.report(made) in page
+    assert (tmp_path / "prefill.svg").read_text().count("ours, L = 400") == 1
+
+
+def test_goals_are_the_worst_figures():
+    def row(frames: int, ours: float, two: float, encoder: float) -> dict:
+        times = {"ours": ours, "loop, two matrices": two, "encoder": encoder}
+        case = {"batch": 1, "frames": frames, "windows encoded": 2}
+        return {"case": case, "calls": {name: {"runs": [time]} for name, time in times.items()}}
+
+    results = {"command": "--device cpu", "rows": [row(750, 0.1, 0.4, 10.0), row(7500, 2.0, 7.0, 10.0)]}
+    assert fusion.goals(results) == [
+        ("density and fusion / encoder", "at most 4 %", "4.0% at most"),  # 2 s to the 50 s of ten windows
+        ("loop, two matrices / ours", "at least 3", "3.50 at least"),
+    ]
+
+
+def test_growth_is_that_of_the_long_recordings():
+    rows = [
+        {"case": {"batch": 1, "seconds": seconds}, "calls": {"ours, L = 400": {"seconds": time, "runs": [time]}}}
+        for seconds, time in ((10, 5.0), (600, 2.0), (2400, 8.0))
+    ]
+    assert prefill.goals({"rows": rows}) == [("ours, L = 400, 600 s to 2400 s", "time as duration^1", "duration^1.00")]
+
+
+def test_a_page_of_nothing_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="holds no results"):
+        report.main(["--results", str(tmp_path), "--docs", str(tmp_path)])
+
+
+@pytest.fixture
+def benchmark(tmp_path) -> Benchmark:
+    arguments = parse("", ["--device", "cpu", "--repeats", "3", "--limit", "1", "--output", str(tmp_path / "a.json")])
+    return Benchmark("a", arguments)
+
+
+def test_calls_run_in_turn_after_one_to_warm_up(benchmark):
+    order = []
+    row = benchmark.measure({"size": 1}, {"a": lambda: order.append("a"), "b": lambda: order.append("b")})
+    assert "".join(order) == "ab" + 3 * "ab"
+    assert len(row["calls"]["a"]["runs"]) == 3
+
+
+def test_a_ratio_is_the_median_of_pairs():
+    row = {
+        "calls": {"a": {"runs": [1.0, 9.0, 4.0]}, "b": {"runs": [1.0, 3.0, 2.0]}, "c": {"left_out": "out of memory"}}
+    }
+    assert ratio(row, "a", "b") == 2.0
+    assert ratio(row, "a", "c") is None
+
+
+def test_what_would_take_too_long_or_too_much_is_left_out_and_named(benchmark):
+    pause = threading.Event()
+    calls = {"slow": lambda: pause.wait(0.1), "quick": lambda: None}
+    benchmark.measure({"size": 1}, calls, work=1.0)
+    row = benchmark.measure({"size": 100}, calls, work=100.0)
+    assert row["calls"]["slow"]["left_out"].startswith("a run would take")
+    assert "runs" in row["calls"]["quick"]
+    row = benchmark.measure({"size": 2}, calls, needs=1e18)
+    assert row["calls"]["quick"] == {"left_out": "needs 1000000000 GB"}
+
+
+def test_resume_keeps_the_cases_that_are_there(benchmark):
+    first = benchmark.measure({"size": 1}, {"a": lambda: None})
+    arguments = parse("", ["--device", "cpu", "--output", str(benchmark.output), "--resume"])
+    again = Benchmark("a", arguments).measure({"size": 1}, {"a": lambda: pytest.fail("measured again")})
+    assert again == first
+
+
+def test_peak_memory_is_what_was_taken_inside():
+    kept = np.ones(30_000_000 // 8)
+    with PeakMemory("cpu") as memory:
+        np.ones(80_000_000 // 8).sum()
+    if memory.bytes is None:
+        pytest.skip("only Linux tells the peak")
+    assert 75e6 < memory.bytes < 110e6
+    assert len(kept)
+
+
+def test_a_table_is_markdown():
+    assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |"
+
+
+def test_convolutions_with_channels_last_are_the_same():
+    first, last = torch.nn.Conv1d(8, 16, 3, padding=1), torch.nn.Conv1d(16, 16, 3, stride=2, padding=1)
+    features = torch.randn(2, 8, 50)
+    expected = torch.nn.functional.gelu(last(torch.nn.functional.gelu(first(features))))
+    torch.testing.assert_close(trials.channels_last(features, first, last), expected)
+
+
+def test_the_loop_is_the_paper_s():
+    """One round by hand: of four frames the first two are alike and become their weighted mean."""
+    frames = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    densities = torch.tensor([0.25, 0.75, 0.5, 0.5])
+    fused, starts = fusion.loop([frames], 3, lambda hidden: densities[: len(hidden)])[0]
+    torch.testing.assert_close(fused, torch.tensor([[2.5, 0.0], [0.0, 1.0], [-1.0, 0.0]]))
+    assert starts.tolist() == [0, 2, 3]
