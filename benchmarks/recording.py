@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from fastlongspeech import load_recording
 
-from .common import Benchmark, PeakMemory, load_model, number, parse, table, tiny_processor
+from .common import Benchmark, PeakMemory, load_config, load_model, number, parse, table, tiny_processor
 from .frontend import write_noise
 
 SECONDS = (60, 600, 3600, 36_000)
@@ -26,7 +26,7 @@ PARTS = ("decoding", "features", "first token")
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parse(__doc__ or "", argv, models=("tenth", "7b"))
     device = arguments.device
-    processor = tiny_processor(128)
+    processor = tiny_processor(load_config(arguments.model).audio_config.num_mel_bins)  # type: ignore[union-attr]
     model = load_model(arguments.model, device, audio_token_index=processor.audio_token_id)
     benchmark = Benchmark("recording", arguments)
     with tempfile.TemporaryDirectory() as folder:
