@@ -9,6 +9,7 @@ as long as recordings of 4 minutes (real language models have read long texts to
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2AudioForConditionalGeneration
@@ -25,7 +26,8 @@ def ease_recall(language_model: Qwen2Model) -> None:
     rotary embedding) and hand on what they see there by one common map; in the layers above queries and keys share
     their weights, so that a token begins by looking at its like (Trockman and Kolter, arXiv 2305.09828).
     """
-    first, *others = (layer.self_attn for layer in language_model.layers)
+    layers: Any = language_model.layers
+    first, *others = (layer.self_attn for layer in layers)
     size = first.head_dim
     turns = language_model.rotary_emb.inv_freq[:12]  # the fast ones, which tell near from far
     with torch.no_grad():
@@ -56,16 +58,16 @@ def train_language_model(
 
     def loss_fn(step: int) -> dict[str, torch.Tensor]:
         rng, progress = random.Random(f"language-{step}"), step / steps
-        sentences, spread = rng.randint(1, 4) if progress < 0.25 else rng.randint(2, 6), 1.0
-        if progress > 0.5:
+        sentences, spread = rng.randint(1, 4) if progress < 0.15 else rng.randint(2, 6), 1.0
+        if progress > 0.3:
             sentences = rng.randint(10, 80) if rng.random() < 0.15 else rng.randint(2, 10)
             spread = rng.uniform(1, max(1.0, min(12, 80 / sentences)))
         positions = 8 * sentences * spread + 11 * min(8, 2 * sentences) + 30  # of one passage, about
-        noise = embedding.weight.detach().std() * rng.uniform(0, 0.5) if progress > 0.5 else None
+        noise = embedding.weight.detach().std() * rng.uniform(0, 0.5) if progress > 0.3 else None
 
         lengths, embeds, questions = [], [], []
         for _ in range(max(2, round(2000 / positions))):
-            tokens, pairs = draw(rng, sentences, min(1, 2 * rng.random()) if progress < 0.35 else 0.0)
+            tokens, pairs = draw(rng, sentences, min(1, 2 * rng.random()) if progress < 0.21 else 0.0)
             length = round(len(tokens) * spread)
             places = torch.randperm(length)[: len(tokens)].sort().values.to(model.device)
             audio = embedding.weight.new_zeros(length, embedding.weight.shape[1])
