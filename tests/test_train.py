@@ -257,8 +257,10 @@ def test_stage_1_takes_an_existing_vocabulary(checkpoint, ctc_model, data, tmp_p
     assert (tmp_path / "out" / "ctc.model").read_bytes() == ctc_model.read_bytes()
 
 
-def test_stage_1_can_use_the_language_models_own_tokens(checkpoint, data, tmp_path):
-    weights = trained(ctc, checkpoint, data, tmp_path / "run", "--vocab_size", 0)
+def test_stage_1_can_use_the_language_models_own_tokens_and_projector(checkpoint, data, tmp_path):
+    options = ["--vocab_size", 0, "--ctc_projector", False]
+    weights = trained(ctc, checkpoint, data, tmp_path / "run", *options)
+    assert [name for name in weights if "ctc_decoder" in name] == ["model.ctc_decoder.linear.weight"]
     processor = FastLongSpeechProcessor.from_pretrained(tmp_path / "run")
     assert not (tmp_path / "run" / "ctc.model").exists() and processor.ctc_vocab_size == 0
     assert len(weights["model.ctc_decoder.linear.weight"]) == len(weights["lm_head.weight"]) + 1

@@ -50,6 +50,13 @@ class CTCArguments(StageArguments):
             "help": "Pieces of the vocabulary that is built; 0: the labels are the language model's own tokens."
         },
     )
+    ctc_projector: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the decoder has a projector of its own to the width of the language model, or reads the "
+            "multimodal projector's output; config.ctc_projector if not given."
+        },
+    )
 
 
 def build_vocabulary(texts: Sequence[str], vocab_size: int) -> bytes:
@@ -170,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = DTYPES[settings.dtype]
     model = FastLongSpeechForConditionalGeneration.from_pretrained(settings.model, dtype=dtype)
     model.requires_grad_(False)
+    if settings.ctc_projector is not None:
+        model.config.ctc_projector = settings.ctc_projector
     model.model.reset_ctc_decoder(processor.ctc_vocab_size)
     decoder = model.model.ctc_decoder.to(torch.float32).requires_grad_(True)
     model.config.content_density = "ctc"
