@@ -58,16 +58,16 @@ def train_language_model(
 
     def loss_fn(step: int) -> dict[str, torch.Tensor]:
         rng, progress = random.Random(f"language-{step}"), step / steps
-        sentences, spread = rng.randint(1, 4) if progress < 0.15 else rng.randint(2, 6), 1.0
-        if progress > 0.3:
+        sentences, spread = rng.randint(1, 4) if progress < 0.19 else rng.randint(2, 6), 1.0
+        if progress > 0.375:
             sentences = rng.randint(10, 80) if rng.random() < 0.15 else rng.randint(2, 10)
             spread = rng.uniform(1, max(1.0, min(12, 80 / sentences)))
         positions = 8 * sentences * spread + 11 * min(8, 2 * sentences) + 30  # of one passage, about
-        noise = embedding.weight.detach().std() * rng.uniform(0, 0.5) if progress > 0.3 else None
+        noise = embedding.weight.detach().std() * rng.uniform(0, 0.5) if progress > 0.375 else None
 
         lengths, embeds, questions = [], [], []
         for _ in range(max(2, round(2000 / positions))):
-            tokens, pairs = draw(rng, sentences, min(1, 2 * rng.random()) if progress < 0.21 else 0.0)
+            tokens, pairs = draw(rng, sentences, min(1, 2 * rng.random()) if progress < 0.26 else 0.0)
             length = round(len(tokens) * spread)
             places = torch.randperm(length)[: len(tokens)].sort().values.to(model.device)
             audio = embedding.weight.new_zeros(length, embedding.weight.shape[1])
