@@ -112,9 +112,10 @@ class FastLongSpeechModel(Qwen2AudioModel):
         if compression != "none" and bool((lengths > targets).any()):
             first = lengths.cumsum(0) - lengths
             position = first[:, None] + torch.arange(int(lengths.max()))
-            padded = frames[position.clamp(max=len(frames) - 1).to(frames.device)]
+            position = position.clamp(max=len(frames) - 1).to(frames.device)
+            batch = frames[None] if len(lengths) == 1 else frames[position]
             fused = COMPRESSIONS[compression](
-                padded, lengths, targets, self._density, self.config.fusion_schedule, self.config.fusion_ladder
+                batch, lengths, targets, self._density, self.config.fusion_schedule, self.config.fusion_ladder
             )
             lengths = fused.lengths
             valid = torch.arange(fused.frames.shape[1]) < lengths[:, None]
