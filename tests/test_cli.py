@@ -170,6 +170,7 @@ def test_ctrl_c_leaves_quietly(checkpoint, recordings):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in background
     )
     assert process.stderr is not None
     assert process.stderr.readline().endswith("775 frames -> 750 tokens\n")

@@ -15,7 +15,7 @@ import soundfile
 import torch
 
 from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor, cli
-from fastlongspeech.evaluation.answering import METHODS, Answer, Answerer, ask
+from fastlongspeech.evaluation.answering import Answer, Answerer, ask
 from fastlongspeech.evaluation.benchmarks import EMOTIONS, load_benchmark
 from fastlongspeech.evaluation.journal import read_journal
 from fastlongspeech.evaluation.scoring import whisper_normalizer
