@@ -15,6 +15,7 @@ import io
 import json
 import random
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from .sentences import TRANSCRIBE, VOICE_QUESTIONS, PassageWriter
 
 SAMPLING_RATE = 16_000
+DrawFunction = Callable[[int], tuple[np.ndarray, dict]]
 
 
 @dataclass(frozen=True)
@@ -156,16 +158,30 @@ def record(split_name: str, index: int, split: Split | None = None) -> tuple[np.
     }
 
 
-def _write_recording(folder: Path, index: int) -> dict:
+def _write_recording(folder: Path, draw: DrawFunction, index: int) -> dict:
     sidecar = folder / f"{index:05d}.json"
     if sidecar.exists():
         return json.loads(sidecar.read_text())
-    samples, row = record(folder.name, index)
+    samples, row = draw(index)
     encoded = io.BytesIO()
     soundfile.write(encoded, samples, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
     (folder / row["audio"]).write_bytes(encoded.getvalue())
     sidecar.write_text(json.dumps(row))
     return row
+
+
+def write_recordings(folder: Path, draw: DrawFunction, recordings: int, workers: int) -> list[dict]:
+    """Writes recordings and ``recordings.jsonl`` into a folder, and returns their descriptions.
+
+    ``draw`` returns samples and description of the recording of a number, as ``record``. Recordings that are there are
+    kept, so a run that was stopped goes on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(workers) as pool:
+        work = pool.map(partial(_write_recording, folder, draw), range(recordings))
+        rows = list(tqdm(work, total=recordings, desc=folder.name, unit="recording"))
+    write_jsonl(folder / "recordings.jsonl", rows)
+    return rows
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
@@ -176,11 +192,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def write_split(root: Path, name: str, recordings: int, workers: int) -> None:
     """Writes the first ``recordings`` recordings of a split and its three manifests under ``root/name``."""
     folder = root / name
-    folder.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(workers) as pool:
-        work = pool.map(partial(_write_recording, folder), range(recordings), chunksize=4)
-        rows = list(tqdm(work, total=recordings, desc=name))
-    write_jsonl(folder / "recordings.jsonl", rows)
+    rows = write_recordings(folder, partial(record, name), recordings, workers)
     write_jsonl(folder / "asr.jsonl", [{"audio": row["audio"], "text": row["text"]} for row in rows])
     qa = []
     for row in rows:

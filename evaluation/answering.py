@@ -13,6 +13,7 @@ from torch import Tensor
 from ..audio_fastlongspeech import FRAME_SECONDS, load_recording
 from ..cli import TRANSCRIBE
 from ..compression_fastlongspeech import COMPRESSIONS
+from ..placeholders_fastlongspeech import insert_audio
 
 METHODS = {
     "ntk_rope": "every frame, positions stretched to the language model's context; fused where even that is too short",
@@ -57,9 +58,9 @@ def ask(
         prompts.append(prompt if embeddings is None else prompt.replace(token, token * len(embeddings)))
     inputs = processor.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
     embeds = model.get_input_embeddings()(inputs.input_ids)
-    audio = [embeddings.to(embeds) for embeddings in heard if embeddings is not None]
+    audio = [embeddings for embeddings in heard if embeddings is not None]
     if audio:
-        embeds = embeds.masked_scatter((inputs.input_ids == processor.audio_token_id)[..., None], torch.cat(audio))
+        embeds = insert_audio(embeds, inputs.input_ids == processor.audio_token_id, torch.cat(audio))
     ids = model.generate(
         inputs_embeds=embeds, attention_mask=inputs.attention_mask, max_new_tokens=max_new_tokens, do_sample=False
     )

@@ -11,20 +11,14 @@ script makes the same set.
 """
 
 import argparse
-import io
-import json
 import math
 import random
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-import soundfile
-from tqdm import tqdm
-
-from ..demo.corpus import SAMPLING_RATE, Split, record, write_jsonl
+from ..demo.corpus import Split, record, write_jsonl, write_recordings
 
 LONG, SHORT = 164, 200
 LONGEST, SHORTEST, SPREAD = 1000.0, 30.0, 0.987  # seconds; the spread gives the mean of 133 s
@@ -57,26 +51,10 @@ def draw(part: str, index: int) -> tuple[Any, dict[str, Any]]:
         attempt += 1
 
 
-def _write_recording(folder: Path, index: int) -> dict[str, Any]:
-    sidecar = folder / f"{index:05d}.json"
-    if sidecar.exists():
-        return json.loads(sidecar.read_text())
-    samples, row = draw(folder.name, index)
-    encoded = io.BytesIO()
-    soundfile.write(encoded, samples, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
-    (folder / row["audio"]).write_bytes(encoded.getvalue())
-    sidecar.write_text(json.dumps(row))
-    return row
-
-
 def write_part(root: Path, part: str, recordings: int, workers: int) -> None:
     """Writes the first `recordings` recordings of a part and its manifests under `root/part`."""
     folder = root / part
-    folder.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(workers) as pool:
-        work = pool.map(partial(_write_recording, folder), range(recordings))
-        rows = list(tqdm(work, total=recordings, desc=part, unit="recording"))
-    write_jsonl(folder / "recordings.jsonl", rows)
+    rows = write_recordings(folder, partial(draw, part), recordings, workers)
     questions = [{"audio": row["audio"], **question} for row in rows for question in row["questions"]]
     if part == "long":
         write_jsonl(folder / "qa.jsonl", questions)
