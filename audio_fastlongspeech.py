@@ -4,8 +4,9 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 FRAME_SECONDS = 0.04
+BLOCK = 2**22  # samples of a file decoded at a time
 PCM_DTYPES = ("uint8", "int16", "int32")
 
 
@@ -57,9 +59,9 @@ def load_recording(audio: Any, sampling_rate: float | None = None, target_rate: 
             raise TypeError(f'an audio dictionary must have "array", "bytes" or "path", got the keys {sorted(audio)}.')
 
     if isinstance(audio, (str, os.PathLike, bytes, bytearray, memoryview)):
-        samples, sampling_rate = _decode(audio, name)
+        samples = _decode(audio, name, target_rate)
     else:
-        samples = _to_float_samples(audio)
+        array = _to_float_samples(audio)
         if sampling_rate is None:
             logger.warning_once(
                 f"audio was given as an array without a sampling rate and is taken as {target_rate} Hz; "
@@ -67,22 +69,34 @@ def load_recording(audio: Any, sampling_rate: float | None = None, target_rate: 
             )
             sampling_rate = target_rate
 
-    real = isinstance(sampling_rate, (int, float, np.integer, np.floating)) and not isinstance(sampling_rate, bool)
-    if not real or not 0 < sampling_rate < float("inf"):
-        raise ValueError(f"sampling_rate must be a positive number of hertz, got {sampling_rate!r}.")
+        real = isinstance(sampling_rate, (int, float, np.integer, np.floating)) and not isinstance(sampling_rate, bool)
+        if not real or not 0 < sampling_rate < float("inf"):
+            raise ValueError(f"sampling_rate must be a positive number of hertz, got {sampling_rate!r}.")
+        if array.ndim == 2 and array.shape[0] < array.shape[1]:
+            array = array.T  # there are fewer channels than samples
+        samples = _mix_and_resample([array] if array.size else [], sampling_rate, target_rate)
+
     if samples.size == 0:
         raise ValueError(f"audio is empty: {name} holds no samples.")
     if not np.isfinite(samples).all():
         raise ValueError(f"audio must be finite, but {name} holds NaN or infinite samples.")
-    if samples.ndim == 2:
-        samples = samples.mean(axis=int(np.argmin(samples.shape)))  # there are fewer channels than samples
-    if sampling_rate != target_rate:
-        samples = soxr.resample(samples, sampling_rate, target_rate, quality="HQ")
     if len(samples) < FRAME_SECONDS * target_rate:
         raise ValueError(
             f"audio must last at least one 40 ms frame, but {name} lasts {1000 * len(samples) / target_rate:.1f} ms."
         )
     return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def _mix_and_resample(blocks: Iterable[np.ndarray], sampling_rate: float, target_rate: int) -> np.ndarray:
+    """Returns the mono samples at `target_rate` of consecutive blocks `(n,)` or `(n, channels)`, float32."""
+    resampler = soxr.ResampleStream(sampling_rate, target_rate, 1, dtype="float32", quality="HQ")
+    parts = []
+    for block in blocks:
+        mono = block if block.ndim == 1 else block.mean(axis=1)
+        parts.append(mono if sampling_rate == target_rate else resampler.resample_chunk(mono))
+    if sampling_rate != target_rate:
+        parts.append(resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.zeros(0, dtype=np.float32)])
 
 
 def _to_float_samples(audio: Any) -> np.ndarray:
@@ -107,8 +121,8 @@ def _to_float_samples(audio: Any) -> np.ndarray:
     raise TypeError(f"audio samples must be floating point or {'/'.join(PCM_DTYPES)} PCM, got {array.dtype}.")
 
 
-def _decode(audio: str | os.PathLike | bytes | bytearray | memoryview, name: str) -> tuple[np.ndarray, int]:
-    """Returns the samples `(n, channels)`, float32, and the sampling rate of an audio file, URL or bytes."""
+def _decode(audio: str | os.PathLike | bytes | bytearray | memoryview, name: str, target_rate: int) -> np.ndarray:
+    """Returns the mono samples `(n,)` at `target_rate`, float32, of an audio file, URL or bytes."""
     if isinstance(audio, str) and audio.startswith(("http://", "https://")):
         try:
             audio = get_session().get(audio, follow_redirects=True, timeout=60).raise_for_status().content
@@ -123,13 +137,20 @@ def _decode(audio: str | os.PathLike | bytes | bytearray | memoryview, name: str
         if not source.getbuffer().nbytes:
             raise ValueError(f"audio is empty: {name} holds no samples.")
     try:
-        return soundfile.read(source, dtype="float32", always_2d=True)
+        return _read(source, target_rate)
     except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError) as error:
         # ValueError: a FLAC written to a pipe, whose header does not say how long it is.
-        return _decode_with_ffmpeg(audio, name, error)
+        return _decode_with_ffmpeg(audio, name, target_rate, error)
 
 
-def _decode_with_ffmpeg(audio: Any, name: str, error: Exception) -> tuple[np.ndarray, int]:
+def _read(source: Any, target_rate: int) -> np.ndarray:
+    """Returns the mono samples at `target_rate` of what soundfile reads, never holding all channels at their rate."""
+    with soundfile.SoundFile(source) as file:
+        blocks = (file.read(BLOCK, dtype="float32") for _ in count())
+        return _mix_and_resample(takewhile(len, blocks), file.samplerate, target_rate)
+
+
+def _decode_with_ffmpeg(audio: Any, name: str, target_rate: int, error: Exception) -> np.ndarray:
     """As `_decode`, for what soundfile refused with `error` (m4a, video, ...); damaged audio is refused."""
     if shutil.which("ffmpeg") is None:
         raise ValueError(
@@ -147,7 +168,12 @@ def _decode_with_ffmpeg(audio: Any, name: str, error: Exception) -> tuple[np.nda
         if done.returncode or not wav.exists():
             reason = (done.stderr.strip().splitlines() or ["no audio found"])[-1]
             raise ValueError(f"audio cannot be read: neither soundfile nor ffmpeg can decode {name} ({reason}).")
-        return soundfile.read(wav, dtype="float32", always_2d=True)
+        return _read(wav, target_rate)
+
+
+def cut_windows(samples: np.ndarray, size: int) -> list[np.ndarray]:
+    """Returns the windows of `size` samples that a recording `(n,)` is read in; the last one may be shorter."""
+    return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 
 def count_frames(mel_frames: np.ndarray) -> np.ndarray:
@@ -165,4 +191,4 @@ def list_recordings(audio: Any) -> list:
     return [audio]
 
 
-__all__ = ["FRAME_SECONDS", "count_frames", "list_recordings", "load_recording"]
+__all__ = ["FRAME_SECONDS", "count_frames", "cut_windows", "list_recordings", "load_recording"]

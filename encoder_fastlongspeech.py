@@ -1,7 +1,7 @@
 """From the windows of recordings to frames: Qwen2-Audio's audio encoder, and the CTC decoder that reads its frames."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,20 @@ from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncod
 from .configuration_fastlongspeech import FastLongSpeechConfig
 
 MEL_FRAMES_PER_FRAME = 4
-CHUNK_LOGITS = 2**24  # CTC logits held at a time where only a figure per frame is wanted
+
+
+class EncodedRecordings(NamedTuple):
+    """Every frame of recordings, one recording after the other.
+
+    Attributes:
+        frames: `(N, D)`, valid frames before the encoder's last LayerNorm.
+        mel_starts: `(N,)` int64 on the CPU, the mel frame of its recording that each begins with.
+        lengths: `(A,)` int64 on the CPU, the frames of each recording.
+    """
+
+    frames: Tensor
+    mel_starts: Tensor
+    lengths: Tensor
 
 
 class FastLongSpeechEncoder(Qwen2AudioEncoder):
@@ -57,11 +70,8 @@ class FastLongSpeechEncoder(Qwen2AudioEncoder):
         feature_attention_mask: Tensor | None,
         windows_per_audio: Tensor | None,
         windows_per_batch: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the valid frames of all recordings before the LayerNorm, one after the other.
-
-        `(N, D)`; the mel frame of its recording that each begins with, `(N,)`, and the frames of each recording,
-        `(A,)`, both int64 on the CPU.
+    ) -> EncodedRecordings:
+        """Returns the frames of recordings.
 
         Args:
             input_features: log-mel windows `(W, mels, 3000)`, those of a recording in temporal order.
@@ -84,10 +94,14 @@ class FastLongSpeechEncoder(Qwen2AudioEncoder):
             )
         counts = ((mel_frames - 1) // 2 + 1) // 2
 
+        if not bool(counts.any()):
+            raise ValueError("input_features hold no recording as long as one frame (40 ms).")
+
         # Windows of similar length are encoded together, so that each costs what its audio costs.
         waiting = counts.argsort(descending=True, stable=True)
         waiting = waiting[counts[waiting] > 0]
-        encoded, window_of = [], []
+        first = counts.cumsum(0) - counts
+        frames = None
         trains = any(p.requires_grad for p in self.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             while len(waiting):
@@ -95,20 +109,21 @@ class FastLongSpeechEncoder(Qwen2AudioEncoder):
                 batch = batch[2 * counts[batch] > counts[batch[0]]]
                 waiting = waiting[len(batch) :]
                 hidden = self(input_features[batch], mel_frames[batch]).last_hidden_state
-                valid = torch.arange(hidden.shape[1]) < counts[batch, None]
-                encoded.append(hidden[valid.to(hidden.device)])
-                window_of.append(batch.repeat_interleave(counts[batch]))
-            if not encoded:
-                raise ValueError("input_features hold no recording as long as one frame (40 ms).")
-            in_order = torch.cat(window_of).argsort(stable=True)
-            frames = torch.cat(encoded)[in_order.to(encoded[0].device)]
+                position = torch.arange(hidden.shape[1])
+                valid = position < counts[batch, None]
+                place = (first[batch, None] + position)[valid]
+                if frames is None:
+                    frames = hidden.new_empty(int(counts.sum()), hidden.shape[2])
+                frames[place.to(hidden.device)] = hidden[valid.to(hidden.device)]
+        assert frames is not None
 
         recording_of = torch.arange(len(windows)).repeat_interleave(windows)
         lengths = torch.zeros_like(windows).scatter_add(0, recording_of, counts)
         mel_starts = mel_frames.cumsum(0) - mel_frames
         mel_starts = mel_starts - mel_starts[windows.cumsum(0) - windows][recording_of]
-        index = torch.arange(len(frames)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        return frames, mel_starts.repeat_interleave(counts) + MEL_FRAMES_PER_FRAME * index, lengths
+        index = torch.arange(len(frames)) - first.repeat_interleave(counts)
+        mel_starts = mel_starts.repeat_interleave(counts) + MEL_FRAMES_PER_FRAME * index
+        return EncodedRecordings(frames, mel_starts, lengths)
 
 
 class FastLongSpeechCTCDecoder(nn.Module):
@@ -125,23 +140,19 @@ class FastLongSpeechCTCDecoder(nn.Module):
     def forward(self, hidden_states: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Returns the logits `(..., V + 1)`, or what `reduce` makes of them, `(...)`.
 
-        With `reduce` the logits are made a chunk of frames at a time and, unless the decoder trains, from the product
-        of both matrices: a third of the work, as there is nothing between them.
+        With `reduce` the logits are made, unless the decoder trains, from the product of both matrices: a third of
+        the work, as there is nothing between them.
         """
         linear, projector = self.linear, self.projector
         hidden_states = hidden_states.to(linear.weight.dtype)
-        if reduce is None:
-            return linear(hidden_states if projector is None else projector(hidden_states))
         trains = self.training and linear.weight.requires_grad
-        chunks = hidden_states.flatten(0, -2).split(max(1, CHUNK_LOGITS // linear.out_features))
         if projector is None:
-            figures = [reduce(linear(chunk)) for chunk in chunks]
-        elif trains or linear.weight.is_meta:  # meta: offloaded, there when the layer runs
-            figures = [reduce(linear(projector(chunk))) for chunk in chunks]
+            logits = linear(hidden_states)
+        elif reduce is None or trains or linear.weight.is_meta:  # meta: offloaded, there when the layer runs
+            logits = linear(projector(hidden_states))
         else:
-            weight, bias = self._multiplied(projector)
-            figures = [reduce(F.linear(chunk, weight, bias)) for chunk in chunks]
-        return torch.cat(figures).view(hidden_states.shape[:-1])
+            logits = F.linear(hidden_states, *self._multiplied(projector))
+        return logits if reduce is None else reduce(logits)
 
     def loss(
         self, hidden_states: Tensor, lengths: Tensor, ctc_labels: Tensor, num_items_in_batch: Tensor | int | None
@@ -187,4 +198,4 @@ class FastLongSpeechCTCDecoder(nn.Module):
         return self._product[1:]
 
 
-__all__ = ["FastLongSpeechCTCDecoder", "FastLongSpeechEncoder"]
+__all__ = ["EncodedRecordings", "FastLongSpeechCTCDecoder", "FastLongSpeechEncoder"]

@@ -78,7 +78,9 @@ def fuse(frames: Tensor, plan: list[Tensor], weights_fn: WeightsFunction, pairs_
     ends_at = lengths[:, None]
     width = frames.shape[1]
     starts = torch.arange(width, device=device).minimum(ends_at)
-    frames = frames.float().masked_fill(~valid_positions(lengths, width)[..., None], 0.0)
+    frames = frames.float()
+    if bool((plan[0] < width).any()):
+        frames = frames.masked_fill(~valid_positions(lengths, width)[..., None], 0.0)
     for shorter, width in zip(rounds, widths, strict=True):
         with torch.no_grad():
             members = torch.diff(starts, append=ends_at)

@@ -4,7 +4,7 @@ Follow one recording: 30 s windows -> audio encoder -> frames (25 Hz) -> iterati
 or a rival -> LayerNorm and projector -> the placeholders of the prompt -> language model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,7 +24,12 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .compression_fastlongspeech import COMPRESSIONS, check_compression
 from .configuration_fastlongspeech import FastLongSpeechConfig
-from .encoder_fastlongspeech import MEL_FRAMES_PER_FRAME, FastLongSpeechCTCDecoder, FastLongSpeechEncoder
+from .encoder_fastlongspeech import (
+    MEL_FRAMES_PER_FRAME,
+    EncodedRecordings,
+    FastLongSpeechCTCDecoder,
+    FastLongSpeechEncoder,
+)
 from .fusion_fastlongspeech import content_density
 from .generation_fastlongspeech import FastLongSpeechGenerationMixin
 from .placeholders_fastlongspeech import check_placeholders, insert_audio, placeholder_runs
@@ -32,6 +37,7 @@ from .placeholders_fastlongspeech import check_placeholders, insert_audio, place
 logger = logging.get_logger(__name__)
 
 MEL_FRAME_SECONDS = 0.01
+CHUNK_LOGITS = 2**24  # CTC logits held at a time where only a figure of every frame is wanted
 
 # Names of Qwen2-Audio's parameters that transformers wrote before 5.0, and the first release of FastLongSpeech; some
 # versions 5.x write one more `model.`.
@@ -105,10 +111,36 @@ class FastLongSpeechModel(Qwen2AudioModel):
             ValueError: an argument is out of range or does not fit the others.
         """
         compression = self.compression_or_default(compression)
-        frames, mel_starts, lengths = self._encode(input_features, feature_attention_mask, windows_per_audio)
+        encoded = self.encode_recordings(input_features, feature_attention_mask, windows_per_audio)
+        return self.compress(encoded, target_length, compression)
+
+    def encode_recordings(
+        self, input_features: Tensor, feature_attention_mask: Tensor | None, windows_per_audio: Tensor | None = None
+    ) -> EncodedRecordings:
+        """Returns every frame of recordings, the first half of `get_audio_features`, whose arguments it has.
+
+        Raises:
+            ValueError: the arguments do not fit each other, or no recording has a frame.
+        """
+        return self.audio_tower.encode_recordings(
+            input_features, feature_attention_mask, windows_per_audio, self.config.windows_per_batch
+        )
+
+    def compress(
+        self,
+        encoded: EncodedRecordings,
+        target_length: int | Sequence[int] | Tensor | None = None,
+        compression: str | None = None,
+    ) -> FastLongSpeechAudioOutput:
+        """Returns encoded recordings as embeddings, the second half of `get_audio_features`.
+
+        Raises:
+            ValueError: `target_length` or `compression` is out of range.
+        """
+        compression = self.compression_or_default(compression)
+        frames, starts, lengths = encoded
+        ends = starts + MEL_FRAMES_PER_FRAME
         targets = self._targets(target_length, len(lengths))
-        starts = mel_starts
-        ends = mel_starts + MEL_FRAMES_PER_FRAME
         if compression != "none" and bool((lengths > targets).any()):
             first = lengths.cumsum(0) - lengths
             position = first[:, None] + torch.arange(int(lengths.max()))
@@ -117,7 +149,7 @@ class FastLongSpeechModel(Qwen2AudioModel):
             fused = COMPRESSIONS[compression](
                 batch, lengths, targets, self._density, self.config.fusion_schedule, self.config.fusion_ladder
             )
-            lengths = fused.lengths
+            lengths = fused.lengths.cpu()
             valid = torch.arange(fused.frames.shape[1]) < lengths[:, None]
             frames = fused.frames[valid.to(frames.device)]
             spans = (fused.spans.cpu() + first[:, None, None])[valid]
@@ -144,7 +176,7 @@ class FastLongSpeechModel(Qwen2AudioModel):
             num_items_in_batch: the labels of all batches one optimizer step accumulates; with it the loss is the
                 summed nats of this batch, divided by that number.
         """
-        frames, _, lengths = self._encode(input_features, feature_attention_mask, windows_per_audio)
+        frames, _, lengths = self.encode_recordings(input_features, feature_attention_mask, windows_per_audio)
         if len(lengths) != len(ctc_labels):
             raise ValueError(f"ctc_labels holds {len(ctc_labels)} transcripts for {len(lengths)} recordings.")
         return self.ctc_decoder.loss(self._ctc_input(frames), lengths, ctc_labels, num_items_in_batch)
@@ -163,8 +195,8 @@ class FastLongSpeechModel(Qwen2AudioModel):
                 f'content_density is "{self.config.content_density}": this CTC decoder is not trained and can\'t '
                 "transcribe; train it first (fastlongspeech.train.ctc)."
             )
-        frames, _, lengths = self._encode(input_features, feature_attention_mask, windows_per_audio)
-        best = self.ctc_decoder(self._ctc_input(frames), reduce=lambda logits: logits.argmax(-1)).cpu()
+        frames, _, lengths = self.encode_recordings(input_features, feature_attention_mask, windows_per_audio)
+        best = self._by_frame(frames, lambda logits: logits.argmax(-1)).cpu()
         collapsed = [pieces.unique_consecutive() for pieces in best.split(lengths.tolist())]
         return [pieces[pieces != self.config.ctc_blank].tolist() for pieces in collapsed]
 
@@ -238,14 +270,6 @@ class FastLongSpeechModel(Qwen2AudioModel):
             )
         return targets.to(torch.int64).expand(recordings)
 
-    def _encode(
-        self, input_features: Tensor, feature_attention_mask: Tensor | None, windows_per_audio: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Frames `(N, D)`, their first mel frames `(N,)` and the lengths `(A,)`: see `encode_recordings`."""
-        return self.audio_tower.encode_recordings(
-            input_features, feature_attention_mask, windows_per_audio, self.config.windows_per_batch
-        )
-
     def _ctc_input(self, frames: Tensor) -> Tensor:
         hidden_states = self.audio_tower.layer_norm(frames)
         return hidden_states if self.config.ctc_projector else self.multi_modal_projector(hidden_states)
@@ -253,7 +277,13 @@ class FastLongSpeechModel(Qwen2AudioModel):
     def _density(self, frames: Tensor) -> Tensor:
         if self.config.content_density == "uniform":
             return torch.ones(frames.shape[:-1], device=frames.device)
-        return self.ctc_decoder(self._ctc_input(frames), reduce=content_density)
+        return self._by_frame(frames, content_density)
+
+    def _by_frame(self, frames: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        """A figure `(...)` of the CTC logits of every frame `(..., D)`, whose logits are held for some at a time."""
+        chunks = frames.flatten(0, -2).split(max(1, CHUNK_LOGITS // (self.config.ctc_blank + 1)))
+        figures = [self.ctc_decoder(self._ctc_input(chunk), reduce) for chunk in chunks]
+        return torch.cat(figures).view(frames.shape[:-1])
 
 
 class FastLongSpeechForConditionalGeneration(FastLongSpeechGenerationMixin, Qwen2AudioForConditionalGeneration):

@@ -18,7 +18,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import AudioKwargs, ProcessorMixin, TextKwargs
 from transformers.utils import cached_file
 
-from .audio_fastlongspeech import count_frames, list_recordings, load_recording
+from .audio_fastlongspeech import count_frames, cut_windows, list_recordings, load_recording
 from .compression_fastlongspeech import check_compression
 
 CTC_MODEL_NAME = "ctc.model"
@@ -208,23 +208,28 @@ class FastLongSpeechProcessor(ProcessorMixin):
         lengths = self._length_of_each(target_length, len(recordings))
         if compression is not None:
             check_compression(compression)
-        rate, size = self.feature_extractor.sampling_rate, self.feature_extractor.n_samples
-        features, masks, windows_per_audio, num_audio_tokens = [], [], [], []
-        for recording, length in zip(recordings, lengths, strict=True):
-            samples = load_recording(recording, sampling_rate, rate)
-            windows = [samples[start : start + size] for start in range(0, len(samples), size)]
-            options = {"sampling_rate": rate, "return_attention_mask": True, "device": device or "cpu"}
-            extracted = [self.feature_extractor(window, return_tensors="np", **options) for window in windows]
-            features += [window["input_features"][0] for window in extracted]
-            masks += [window["attention_mask"][0] for window in extracted]
-            frames = sum(int(count_frames(mask.sum())) for mask in masks[-len(windows) :])
-            windows_per_audio.append(len(windows))
-            num_audio_tokens.append(frames if compression == "none" else min(frames, length))
+        extractor = self.feature_extractor
+        options = {"sampling_rate": extractor.sampling_rate, "return_attention_mask": True, "device": device or "cpu"}
+        windows, windows_per_audio = [], []
+        for recording in recordings:
+            samples = load_recording(recording, sampling_rate, extractor.sampling_rate)
+            of_recording = cut_windows(samples, extractor.n_samples)
+            windows += of_recording
+            windows_per_audio.append(len(of_recording))
+        features = np.empty((len(windows), extractor.feature_size, extractor.nb_max_frames), dtype=np.float32)
+        masks = np.empty((len(windows), extractor.nb_max_frames), dtype=np.int64)
+        for index, window in enumerate(windows):
+            extracted = extractor(window, return_tensors="np", **options)
+            features[index], masks[index] = extracted["input_features"][0], extracted["attention_mask"][0]
+        sizes = np.array(windows_per_audio, dtype=np.int64)
+        recording_of = np.repeat(np.arange(len(recordings)), sizes)
+        frames = np.zeros_like(sizes)
+        np.add.at(frames, recording_of, count_frames(masks.sum(1)))
         return {
-            "input_features": np.array(features, dtype=np.float32),
-            "feature_attention_mask": np.array(masks, dtype=np.int64),
-            "windows_per_audio": np.array(windows_per_audio, dtype=np.int64),
-            "num_audio_tokens": np.array(num_audio_tokens, dtype=np.int64),
+            "input_features": features,
+            "feature_attention_mask": masks,
+            "windows_per_audio": sizes,
+            "num_audio_tokens": frames if compression == "none" else np.minimum(frames, np.array(lengths, np.int64)),
         }
 
     def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs: Any) -> str:

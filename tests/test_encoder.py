@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2AudioForConditionalGeneration
 
-from fastlongspeech import FastLongSpeechForConditionalGeneration, encoder_fastlongspeech
+from fastlongspeech import FastLongSpeechForConditionalGeneration, modeling_fastlongspeech
 
 Model = FastLongSpeechForConditionalGeneration
 Inputs = dict[str, Tensor]
@@ -39,7 +39,7 @@ def test_windows_of_any_length_are_encoded_as_the_stock_encoder_does(
     model.config.windows_per_batch = windows_per_batch
     audio = make_audio([5], [503, 1001], [3000, 4, 7], [2999], [3], [2998, 258])
     with torch.no_grad():
-        frames, _, lengths = model.model._encode(**audio)
+        frames, _, lengths = model.model.encode_recordings(**audio)
         expected = stock_frames(stock, audio)
     counts = [len(window) for window in expected]
     assert counts == [1, 126, 250, 750, 1, 2, 750, 1, 749, 64]
@@ -66,5 +66,5 @@ def test_the_density_is_the_same_by_one_matrix_a_few_frames_at_a_time(
         hidden = model.model.audio_tower.layer_norm(frames)
         exact = 1 - model.model.ctc_decoder(hidden).double().softmax(-1)[..., -1]
         torch.testing.assert_close(model.model._density(frames).double(), exact, rtol=1e-5, atol=1e-6)
-        monkeypatch.setattr(encoder_fastlongspeech, "CHUNK_LOGITS", 100)
+        monkeypatch.setattr(modeling_fastlongspeech, "CHUNK_LOGITS", 100)
         torch.nn.init.normal_(model.model.ctc_decoder.projector.weight)

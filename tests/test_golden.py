@@ -80,7 +80,7 @@ def test_the_released_checkpoint_loads_whole() -> None:
 @pytest.mark.parametrize("seconds", ["5.3", "30", "47"])
 def test_frames_and_densities(model: FastLongSpeechForConditionalGeneration, seconds: str) -> None:
     audio, counts = load(f"audio_{seconds}s"), INDEX["audio"][seconds]["frames"]
-    frames, _, lengths = model.model._encode(**audio_inputs(seconds))
+    frames, _, lengths = model.model.encode_recordings(**audio_inputs(seconds))
     assert lengths.tolist() == [sum(counts)]
     close(frames, torch.cat([window[:n] for window, n in zip(audio["enc_pre"], counts, strict=True)]))
     density = torch.cat([window[:n] for window, n in zip(audio["density"], counts, strict=True)])
@@ -105,7 +105,7 @@ def test_fused_frames_embeddings_and_logits(
     assert length == min(sum(INDEX["audio"][seconds]["frames"]), target_length)
 
     if f"L{target_length}.fused" in recorded:
-        frames, _, lengths = model.model._encode(**inputs)
+        frames, _, lengths = model.model.encode_recordings(**inputs)
         fused = iterative_fusion(frames[None], lengths, target_length, model.model._density, schedule, LADDER)
         close(fused.frames[0], recorded[f"L{target_length}.fused"])
         assert spans_of(fused.spans[0]) == recorded_spans(recorded, target_length)
@@ -125,7 +125,7 @@ def test_padded_training_batch(
     lengths = batch["lengths"]
     frames = torch.cat([row[:n] for row, n in zip(batch["enc_pre"], lengths.tolist(), strict=True)])
     monkeypatch.setattr(model.config, "fusion_schedule", "ladder")
-    monkeypatch.setattr(model.model, "_encode", lambda *_: (frames, torch.arange(len(frames)), lengths))
+    monkeypatch.setattr(model.model, "encode_recordings", lambda *_: (frames, torch.arange(len(frames)), lengths))
 
     fused = iterative_fusion(batch["enc_pre"], lengths, target_length, model.model._density, "ladder", LADDER)
     kept = lengths.clamp(max=target_length)
@@ -176,7 +176,7 @@ def test_ctc_logits_and_loss(model: FastLongSpeechForConditionalGeneration) -> N
     recorded = load("ctc")
     for row, seconds in ((1, "5.3"), (2, "30")):
         inputs = audio_inputs(seconds)
-        frames, _, _ = model.model._encode(**inputs)
+        frames, _, _ = model.model.encode_recordings(**inputs)
         logits = recorded[f"{seconds}.ctc_logits"]
         close(model.model.ctc_decoder(model.model._ctc_input(frames)), logits)
         loss = model(**inputs, ctc_labels=recorded["labels"][row : row + 1]).loss

@@ -308,7 +308,7 @@ def test_ctc_loss_is_nats_per_label_and_accumulates(model: Model, make_audio: Ma
     for row, n in enumerate([4, 2]):
         one = row_of(audio | {"ctc_labels": labels[:, :4]}, row)
         parts.append(model(**(one | {"ctc_labels": one["ctc_labels"][:, :n]})).loss)
-        frames, _, lengths = model.model._encode(*(one[k] for k in list(one)[:3]))
+        frames, _, lengths = model.model.encode_recordings(*(one[k] for k in list(one)[:3]))
         log_probs = model.model.ctc_decoder(model.model._ctc_input(frames)).log_softmax(-1)
         nats = torch.nn.functional.ctc_loss(
             log_probs, labels[row, :n], lengths[0], torch.tensor(n), blank=12, reduction="sum"
@@ -340,7 +340,7 @@ def test_only_the_ctc_decoder_learns_when_all_else_is_frozen(model: Model, make_
 
 def test_ctc_transcription_collapses_repeats_and_then_drops_blanks(model: Model, make_audio: Make) -> None:
     audio = make_audio([400], [3000, 80])
-    frames, _, lengths = model.model._encode(**audio)
+    frames, _, lengths = model.model.encode_recordings(**audio)
     best = model.model.ctc_decoder(model.model._ctc_input(frames)).argmax(-1)
     expected = [
         [piece for piece, _ in groupby(pieces.tolist()) if piece != 12] for pieces in best.split(lengths.tolist())
