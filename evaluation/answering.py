@@ -1,18 +1,21 @@
 """How a question about a recording is answered: by the frames of the recording, or by its transcript.
 
-Follow one batch: recordings -> embeddings, of each recording once -> prompts with as many placeholders -> greedy
-answers. A batch answers as its questions would one by one.
+Follow one batch: recordings -> frames -> embeddings, of each recording once -> prompts with as many placeholders, each
+recording read once for all its questions -> greedy answers. A batch answers as its questions would one by one.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
+from os.path import commonprefix  # of any lists
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from ..audio_fastlongspeech import FRAME_SECONDS, load_recording
 from ..cli import TRANSCRIBE
 from ..compression_fastlongspeech import COMPRESSIONS
+from ..encoder_fastlongspeech import EncodedRecordings
 from ..placeholders_fastlongspeech import insert_audio
 
 METHODS = {
@@ -40,10 +43,13 @@ def make_prompt(processor: Any, question: str, audio: bool) -> str:
     return processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
 
 
+@torch.inference_mode()
 def ask(
     model: Any, processor: Any, questions: Sequence[str], heard: Sequence[Tensor | None], max_new_tokens: int
 ) -> list[Answer]:
     """Returns the greedy answers to questions in one batch.
+
+    What neighbours about the same recording begin with, the recording above all, goes through the language model once.
 
     Args:
         model, processor: a FastLongSpeech and its processor.
@@ -56,13 +62,31 @@ def ask(
     for question, embeddings in zip(questions, heard, strict=True):
         prompt = make_prompt(processor, question, embeddings is not None)
         prompts.append(prompt if embeddings is None else prompt.replace(token, token * len(embeddings)))
-    inputs = processor.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
-    embeds = model.get_input_embeddings()(inputs.input_ids)
-    audio = [embeddings for embeddings in heard if embeddings is not None]
+    rows = processor.tokenizer(prompts).input_ids
+    pairs = zip(heard, rows, strict=True)
+    groups = [list(neighbours) for _, neighbours in groupby(pairs, key=lambda pair: id(pair[0]))]
+    # At least the last token is left to each question.
+    openings = [commonprefix([row[:-1] for _, row in group]) for group in groups]
+    opening_of = torch.tensor([number for number, group in enumerate(groups) for _ in group])
+    ids, mask = _left_padded(openings, model.device)
+    embeds = model.get_input_embeddings()(ids)
+    audio = [embeddings for (embeddings, _), *_ in groups if embeddings is not None]
     if audio:
-        embeds = insert_audio(embeds, inputs.input_ids == processor.audio_token_id, torch.cat(audio))
+        embeds = insert_audio(embeds, (ids == processor.audio_token_id) & mask.bool(), torch.cat(audio))
+    cache = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True
+    ).past_key_values
+    opening_of = opening_of.to(model.device)
+    cache.batch_select_indices(opening_of)
+
+    rests = [row[len(opening) :] for opening, group in zip(openings, groups, strict=True) for _, row in group]
+    rest_ids, rest_mask = _left_padded(rests, model.device)
     ids = model.generate(
-        inputs_embeds=embeds, attention_mask=inputs.attention_mask, max_new_tokens=max_new_tokens, do_sample=False
+        inputs_embeds=torch.cat((embeds[opening_of], model.get_input_embeddings()(rest_ids)), dim=1),
+        attention_mask=torch.cat((mask[opening_of], rest_mask), dim=1),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
     )
     ends = model.generation_config.eos_token_id
     ended = torch.isin(ids, torch.tensor([] if ends is None else ends).to(ids)).any(1) | (
@@ -70,6 +94,13 @@ def ask(
     )
     texts = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [Answer(text, end) for text, end in zip(texts, ended.tolist(), strict=True)]
+
+
+def _left_padded(rows: Sequence[list[int]], device: Any) -> tuple[Tensor, Tensor]:
+    """Returns token ids `(rows, longest)` and the mask that is 1 where a row has its own."""
+    ids = pad_sequence([torch.tensor(row[::-1], dtype=torch.int64) for row in rows], batch_first=True).flip(1)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in rows], batch_first=True).flip(1)
+    return ids.to(device), mask.to(device)
 
 
 class Answerer:
@@ -80,13 +111,24 @@ class Answerer:
         method: a compression, `"none"`, or one of `METHODS`.
         target_length: L, for a compression; None: the model's.
         max_new_tokens: of every answer.
+        cascade_prompt: what a cascade asks, with `{transcript}` and `{question}`; None: `CASCADE`.
+        frames: where the frames of recordings are kept by name and looked for, for other methods and for other models
+            with the same encoder; None: they are not kept.
     """
 
     def __init__(
-        self, model: Any, processor: Any, method: str, target_length: int | None, max_new_tokens: int
+        self,
+        model: Any,
+        processor: Any,
+        method: str,
+        target_length: int | None,
+        max_new_tokens: int,
+        cascade_prompt: str | None = None,
+        frames: dict[str, EncodedRecordings] | None = None,
     ) -> None:
         self.model, self.processor, self.method = model, processor, method
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.frames = max_new_tokens, frames
+        self.cascade_prompt = (cascade_prompt or CASCADE) if "cascade" in method else None
         self.compression = method if method in COMPRESSIONS else "none"
         self.target_length = (target_length or model.config.target_length) if method in COMPRESSIONS else None
         self._heard: dict[str, Any] = {}
@@ -122,47 +164,59 @@ class Answerer:
         self._heard = {name: self._heard[name] for name in names if name in self._heard}
         new = {name: audio for name, audio in zip(names, recordings, strict=True) if name not in self._heard}
         if new:
-            self._heard |= dict(zip(new, self._hear(list(new.values())), strict=True))
+            self._heard |= dict(zip(new, self._hear(new), strict=True))
         heard = [self._heard[name] for name in names]
         if self.method == "ctc":
             return [Answer(transcript, True) for transcript in heard]
-        if "cascade" in self.method:
+        if self.cascade_prompt is not None:
             questions = [
-                CASCADE.format(transcript=transcript, question=question)
+                self.cascade_prompt.format(transcript=transcript, question=question)
                 for transcript, question in zip(heard, questions, strict=True)
             ]
             heard = [None] * len(questions)
         answers = ask(self.model, self.processor, questions, heard, self.max_new_tokens)
         return [Answer(text.strip(), ended) for text, ended in answers]
 
-    def _hear(self, recordings: list[Any]) -> list[Any]:
-        """Returns the embeddings of recordings, or their transcripts."""
-        if self.method == "cascade":
-            return [self._transcribe(recording) for recording in recordings]
+    def _hear(self, recordings: dict[str, Any]) -> list[Any]:
+        """Returns the embeddings of recordings by their names, or their transcripts."""
         if self.method in ("ctc", "ctc_cascade"):
-            inputs = self.processor(audio=recordings).to(self.model.device)
+            inputs = self.processor(audio=list(recordings.values())).to(self.model.device)
             return self.processor.ctc_decode(self.model.ctc_transcribe(**inputs))
-        return self._embed(recordings)
+        encoded = self._encode(recordings)
+        if self.method == "cascade":
+            return [self._transcribe(recording) for recording in encoded]
+        return self._compress(encoded)
 
-    def _embed(self, recordings: list[Any], **options: Any) -> list[Tensor]:
-        inputs = self.processor(audio=recordings, **options).to(self.model.device)
-        features = self.model.get_audio_features(
-            **inputs, target_length=self.target_length, compression=self.compression, return_dict=True
-        )
+    def _encode(self, recordings: dict[str, Any]) -> list[EncodedRecordings]:
+        """Returns the frames of recordings, one of them each."""
+        frames = {} if self.frames is None else self.frames
+        new = {name: recording for name, recording in recordings.items() if name not in frames}
+        if new:
+            inputs = self.processor(audio=list(new.values())).to(self.model.device)
+            encoded = self.model.model.encode_recordings(**inputs)
+            frames |= dict(zip(new, _split(encoded, encoded.lengths), strict=True))
+        return [frames[name] for name in recordings]
+
+    def _compress(self, encoded: Sequence[EncodedRecordings]) -> list[Tensor]:
+        """Returns the embeddings of recordings, one of them each."""
+        together = EncodedRecordings(*map(torch.cat, zip(*encoded, strict=True)))
+        features = self.model.model.compress(together, self.target_length, self.compression)
         return list(features.pooler_output.split(features.audio_lengths.tolist()))
 
-    def _transcribe(self, recording: Any) -> str:
+    def _transcribe(self, encoded: EncodedRecordings) -> str:
         """Returns what the language model writes down of a recording, window by window, with every frame."""
-        extractor = self.processor.feature_extractor
-        samples = load_recording(recording, target_rate=extractor.sampling_rate)
-        windows = [
-            samples[start : start + extractor.n_samples] for start in range(0, len(samples), extractor.n_samples)
-        ]
-        windows = [window for window in windows if len(window) >= FRAME_SECONDS * extractor.sampling_rate]
+        window_of = encoded.mel_starts // self.processor.feature_extractor.nb_max_frames
+        windows = _split(encoded, window_of.bincount())
         texts, size = [], self.model.config.windows_per_batch
         for first in range(0, len(windows), size):
-            batch = windows[first : first + size]
-            heard = self._embed(batch, sampling_rate=extractor.sampling_rate)
-            answers = ask(self.model, self.processor, [TRANSCRIBE] * len(batch), heard, TRANSCRIPT_TOKENS)
+            heard = self._compress(windows[first : first + size])
+            answers = ask(self.model, self.processor, [TRANSCRIBE] * len(heard), heard, TRANSCRIPT_TOKENS)
             texts += [answer.text.strip() for answer in answers]
         return " ".join(texts)
+
+
+def _split(encoded: EncodedRecordings, lengths: Tensor) -> list[EncodedRecordings]:
+    """Returns the parts of so many frames, each as a recording of its own."""
+    sizes = lengths.tolist()
+    parts = zip(encoded.frames.split(sizes), encoded.mel_starts.split(sizes), lengths.split(1), strict=True)
+    return [EncodedRecordings(*part) for part in parts]

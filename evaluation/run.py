@@ -12,7 +12,7 @@ was; the same command again, with a judge, adds the judge's scores.
 import argparse
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ..cli import MAX_NEW_TOKENS, find_device, find_model
 from ..compression_fastlongspeech import COMPRESSIONS
 from ..configuration_fastlongspeech import FastLongSpeechConfig
+from ..encoder_fastlongspeech import EncodedRecordings
 from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
 from ..processing_fastlongspeech import FastLongSpeechProcessor
 from .answering import METHODS, Answerer
@@ -34,10 +35,10 @@ from .judge import judge, read_template
 from .report import read_predictions, save_predictions, score_predictions, summarize
 
 PACKAGES = ("fastlongspeech", "torch", "transformers", "accelerate", "datasets", "jiwer", "openai", "numpy")
-SETTINGS = "settings.json"
+SETTINGS, SUMMARY = "settings.json", "summary.json"
 # What the predictions in an output folder depend on.
 DATA = ("task", "data", "subset", "audio_root", "limit", "min_seconds", "max_seconds")
-DECISIVE = (*DATA, "model", "dtype", "compression", "target_length", "max_new_tokens")
+DECISIVE = (*DATA, "model", "dtype", "compression", "target_length", "max_new_tokens", "cascade_prompt")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -61,6 +62,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="; ".join(f"{name}: {what}" for name, what in METHODS.items()),
     )
     parser.add_argument("--target-length", type=int, metavar="L", help="frames to fuse to (default: the model's)")
+    parser.add_argument("--cascade-prompt", metavar="TEXT", help="what a cascade asks: {transcript}, {question}")
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="longest answer")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions at a time")
     parser.add_argument("--spellings", metavar="JSON", help="Whisper's normalizer.json, for British spellings")
@@ -76,7 +78,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more, got {value}.")
-    method = arguments.compression
+    method, cascade_prompt = arguments.compression, arguments.cascade_prompt
+    if cascade_prompt is not None and not ("{transcript}" in cascade_prompt and "{question}" in cascade_prompt):
+        parser.error("--cascade-prompt must hold {transcript} and {question}.")
+    if cascade_prompt is not None and "cascade" not in method:
+        parser.error(f"--cascade-prompt has no meaning with --compression {method}; leave it out.")
     if arguments.target_length is not None and method not in COMPRESSIONS:
         parser.error(f"--target-length has no meaning with --compression {method}; leave it out.")
     if method == "ctc" and arguments.task != "asr" or "cascade" in method and arguments.task == "asr":
@@ -94,37 +100,55 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.model = find_model(arguments.model)
     state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
     benchmark = load_benchmark(*(getattr(arguments, name) for name in DATA))
-    chat, template = None, ""
-    if arguments.judge:
-        if benchmark.metric != "answer":
-            raise ValueError(f"--judge is for free answers; the rows of {arguments.data} have others; leave it out.")
-        chat = Chat(arguments.judge_model, arguments.judge_url, arguments.judge_key)
-        template = read_template(arguments.judge_template)
-
+    chat, template = find_judge(arguments, benchmark)
     predict(arguments, benchmark, state)
     state.destroy_process_group()  # nobody waits while the main process scores
     if state.is_main_process:
-        settings = json.loads((arguments.output / SETTINGS).read_text(encoding="utf-8"))
-        rows = read_predictions(arguments.output, benchmark)
-        score_predictions(rows, benchmark.metric, arguments.spellings)
-        settings["run"]["spellings"] = arguments.spellings
-        for row in rows:
-            row.pop("judge", None)  # of an earlier run of the command
-        if chat is not None:
-            verdicts = arguments.output / "verdicts.jsonl"
-            for row, score in zip(rows, judge(rows, chat, template, verdicts, arguments.judge_workers), strict=True):
-                row["judge"] = score
-            settings["run"] |= {"judge_model": chat.model, "judge_prompt": template}
-        save_predictions(arguments.output, rows)
-        text = json.dumps(summarize(rows, benchmark) | settings, indent=1, ensure_ascii=False)
-        (arguments.output / "summary.json").write_text(text + "\n", encoding="utf-8")
-        print(text)
+        print(score(arguments, benchmark, chat, template))
 
 
-def predict(arguments: argparse.Namespace, benchmark: Benchmark, state: Any) -> None:
+def find_judge(arguments: argparse.Namespace, benchmark: Benchmark) -> tuple[Chat | None, str]:
+    """Returns the judge that `--judge` asks for and its prompt; None without.
+
+    Raises:
+        ValueError: the answers are no free ones, or the judge's arguments can't be used.
+    """
+    if not arguments.judge:
+        return None, ""
+    if benchmark.metric != "answer":
+        raise ValueError(f"--judge is for free answers; the rows of {arguments.data} have others; leave it out.")
+    chat = Chat(arguments.judge_model, arguments.judge_url, arguments.judge_key)
+    return chat, read_template(arguments.judge_template)
+
+
+def load_model(arguments: argparse.Namespace, device: str) -> tuple[Any, Any]:
+    """Returns the model and the processor that `--model`, `--dtype` and `--compression` ask for."""
+    config = FastLongSpeechConfig.from_pretrained(arguments.model)
+    if arguments.compression == "ntk_rope":
+        config = config.with_ntk_rope()
+    model = FastLongSpeechForConditionalGeneration.from_pretrained(
+        arguments.model, config=config, dtype=arguments.dtype
+    )
+    return model.to(device).eval(), FastLongSpeechProcessor.from_pretrained(arguments.model)
+
+
+def predict(
+    arguments: argparse.Namespace,
+    benchmark: Benchmark,
+    state: Any,
+    load: Callable[[argparse.Namespace, str], tuple[Any, Any]] = load_model,
+    frames: dict[str, EncodedRecordings] | None = None,
+) -> None:
     """Answers the questions that have no prediction in the output folder yet.
 
     Every process of `state` takes every so many batches and writes a file of its own.
+
+    Args:
+        arguments: as `parse_arguments` returns them.
+        benchmark: the questions.
+        state: the processes, an `accelerate.PartialState`.
+        load: returns the model and the processor; called where a question waits.
+        frames: see `Answerer`.
     """
     output = arguments.output
     decisive = {name: getattr(arguments, name) for name in DECISIVE}
@@ -136,20 +160,22 @@ def predict(arguments: argparse.Namespace, benchmark: Benchmark, state: Any) -> 
     waiting = [example for example in benchmark.examples if example.row not in done]
     if waiting:
         device = find_device(arguments.device or str(state.device))
-        processor = FastLongSpeechProcessor.from_pretrained(arguments.model)
-        config = FastLongSpeechConfig.from_pretrained(arguments.model)
-        if arguments.compression == "ntk_rope":
-            config = config.with_ntk_rope()
-        model = FastLongSpeechForConditionalGeneration.from_pretrained(
-            arguments.model, config=config, dtype=arguments.dtype
+        model, processor = load(arguments, device)
+        answerer = Answerer(
+            model,
+            processor,
+            arguments.compression,
+            arguments.target_length,
+            arguments.max_new_tokens,
+            arguments.cascade_prompt,
+            frames,
         )
-        model = model.to(device).eval()
-        answerer = Answerer(model, processor, arguments.compression, arguments.target_length, arguments.max_new_tokens)
         examples = benchmark.examples
         answerer.prepare([example.question for example in examples], [example.duration for example in examples])
         if state.is_main_process:
             run = decisive | {
                 "target_length": answerer.target_length,
+                "cascade_prompt": answerer.cascade_prompt,
                 "batch_size": arguments.batch_size,
                 "processes": state.num_processes,
                 "device": device,
@@ -175,10 +201,47 @@ def predict(arguments: argparse.Namespace, benchmark: Benchmark, state: Any) -> 
     state.wait_for_everyone()
 
 
+def score(arguments: argparse.Namespace, benchmark: Benchmark, chat: Chat | None = None, template: str = "") -> str:
+    """Scores the predictions in the output folder, writes `summary.json` and returns what it holds.
+
+    Args:
+        arguments: as `parse_arguments` returns them.
+        benchmark: the questions, all of which have a prediction.
+        chat, template: the judge and its prompt; without, no judge is asked.
+    """
+    settings = json.loads((arguments.output / SETTINGS).read_text(encoding="utf-8"))
+    rows = read_predictions(arguments.output, benchmark)
+    score_predictions(rows, benchmark.metric, arguments.spellings)
+    settings["run"]["spellings"] = arguments.spellings
+    for row in rows:
+        row.pop("judge", None)  # of an earlier run of the command
+    if chat is not None:
+        verdicts = arguments.output / "verdicts.jsonl"
+        scores = judge(rows, chat, template, verdicts, arguments.judge_workers)
+        for row, value in zip(rows, scores, strict=True):
+            row["judge"] = value
+        settings["run"] |= {"judge_model": chat.model, "judge_prompt": template}
+    save_predictions(arguments.output, rows)
+    text = json.dumps(summarize(rows, benchmark) | settings, indent=1, ensure_ascii=False)
+    (arguments.output / SUMMARY).write_text(text + "\n", encoding="utf-8")
+    return text
+
+
 def make_batches(examples: Sequence[Example], size: int) -> list[list[Example]]:
-    """Returns the examples in batches, those about the same recording side by side, the longest recordings first."""
-    ordered = sorted(examples, key=lambda example: (-example.duration, example.recording, example.row))
-    return [ordered[first : first + size] for first in range(0, len(ordered), size)]
+    """Returns the examples in batches, the longest recordings first.
+
+    The questions about a recording share a batch unless they are more than `size`.
+    """
+    recordings: dict[str, list[Example]] = {}
+    for example in sorted(examples, key=lambda example: -example.duration):
+        recordings.setdefault(example.recording, []).append(example)
+    batches: list[list[Example]] = []
+    for group in recordings.values():
+        if batches and len(batches[-1]) + len(group) <= size:
+            batches[-1] += group
+        else:
+            batches += [group[first : first + size] for first in range(0, len(group), size)]
+    return batches
 
 
 def _described(example: Example) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGen
 from fastlongspeech.evaluation.answering import Answer, Answerer, ask
 from fastlongspeech.evaluation.benchmarks import EMOTIONS, load_benchmark
 from fastlongspeech.evaluation.journal import read_journal
+from fastlongspeech.evaluation.run import make_batches
 from fastlongspeech.evaluation.scoring import whisper_normalizer
 
 RATE = 16000
@@ -197,16 +198,43 @@ def test_answers_are_those_of_generate(checkpoint, model, clips, processor):
 
 def test_a_recording_is_heard_once_for_all_its_questions(model, clips, processor, monkeypatch):
     heard = []
-    inner = model.get_audio_features
+    inner = model.model.encode_recordings
     monkeypatch.setattr(
-        model,
-        "get_audio_features",
+        model.model,
+        "encode_recordings",
         lambda **inputs: heard.append(inputs["windows_per_audio"].tolist()) or inner(**inputs),
     )
     answerer = Answerer(model, processor, "none", None, max_new_tokens=2)
     answerer.answer(["Who?", "What?", "Why?"], ["0", "0", "1"], [clips / "0.wav"] * 2 + [clips / "1.wav"])
     answerer.answer(["Where?", "When?"], ["1", "2"], [clips / "1.wav", clips / "2.wav"])
     assert heard == [[2, 1], [1]]
+
+
+def test_kept_frames_serve_other_methods(model, clips, processor, monkeypatch):
+    asked = ["Who?", "What?"], ["0", "1"], [clips / "0.wav", clips / "1.wav"]
+    anew = [Answerer(model, processor, method, 9, 4).answer(*asked) for method in ("random", "cascade")]
+    frames = {}
+    Answerer(model, processor, "none", None, 4, frames=frames).answer(*asked)
+    assert frames.keys() == {"0", "1"}
+    monkeypatch.setattr(model.model, "encode_recordings", None)
+    kept = [Answerer(model, processor, method, 9, 4, frames=frames).answer(*asked) for method in ("random", "cascade")]
+    assert kept == anew
+
+
+def test_what_questions_about_a_recording_begin_with_is_read_once(model, processor, monkeypatch):
+    recordings = [torch.randn(frames, 16) for frames in (30, 12)]
+    questions, heard = ["Who?", "What is it about?", "Where?"], [recordings[0], recordings[0], recordings[1]]
+    one_by_one = [ask(model, processor, [q], [h], 6)[0] for q, h in zip(questions, heard, strict=True)]
+    read = []
+    inner = model.model.language_model.forward
+    monkeypatch.setattr(
+        model.model.language_model,
+        "forward",
+        lambda *args, **inputs: read.append(inputs["inputs_embeds"].shape[:2]) or inner(*args, **inputs),
+    )
+    assert ask(model, processor, questions, heard, 6) == one_by_one
+    (recordings_read, _), (rows, tokens), *_ = read
+    assert (recordings_read, rows) == (2, 3) and tokens <= len("What is it about?<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_the_cascade_gives_the_transcript_of_every_window_as_text(model, clips, processor, monkeypatch):
@@ -229,9 +257,13 @@ def test_the_ctc_cascade_gives_the_transcript_of_the_ctc_decoder(model, clips, p
     inputs = processor(audio=clips / "0.wav")
     transcript = processor.ctc_decode(model.ctc_transcribe(**inputs))[0]
     assert Answerer(model, processor, "ctc", None, 2).answer(["?"], ["0"], [clips / "0.wav"])[0].text == transcript
-    answer = Answerer(model, processor, "ctc_cascade", None, 4).answer(["Who?"], ["0"], [clips / "0.wav"])[0]
-    prompt = f"This is the transcript of a recording: {transcript}\n\nWho?"
-    assert answer.text == ask(model, processor, [prompt], [None], 4)[0].text.strip()
+    for given, prompt in (
+        (None, f"This is the transcript of a recording: {transcript}\n\nWho?"),
+        ("{question} {transcript}", f"Who? {transcript}"),
+    ):
+        answerer = Answerer(model, processor, "ctc_cascade", None, 4, given)
+        (answer,) = answerer.answer(["Who?"], ["0"], [clips / "0.wav"])
+        assert answer.text == ask(model, processor, [prompt], [None], 4)[0].text.strip()
 
 
 def test_vanilla_refuses_recordings_longer_than_a_window(model, processor):
@@ -253,6 +285,17 @@ def test_batches_answer_as_one_by_one(checkpoint, questions, tmp_path):
     assert alone["hours"] == round(34 / 3600, 4)
     assert alone["scores_by_kind"].keys() == {"What", "Where"}
     assert alone["run"]["target_length"] == 15 and alone["versions"]["torch"] == torch.__version__
+
+
+def test_the_questions_about_a_recording_share_a_batch(questions):
+    examples = load_benchmark("qa", questions).examples
+    assert [[example.row for example in batch] for batch in make_batches(examples[::-1], 3)] == [
+        [1, 0],
+        [5, 4],
+        [3, 2],
+    ]
+    assert [len(batch) for batch in make_batches(examples, 5)] == [4, 2]
+    assert [len(batch) for batch in make_batches(examples, 1)] == [1] * 6
 
 
 def test_a_run_that_was_stopped_goes_on(checkpoint, questions, tmp_path, monkeypatch, capsys):
@@ -335,6 +378,8 @@ def test_arguments_without_meaning_are_refused(capsys):
         (["--task", "qa", "--compression", "none", "--target-length", "5"], "--target-length has no meaning"),
         (["--task", "qa", "--compression", "ctc"], "--compression ctc is for --task asr"),
         (["--task", "asr", "--compression", "cascade"], "--compression cascade is not for --task asr"),
+        (["--task", "qa", "--cascade-prompt", "{transcript} {question}"], "--cascade-prompt has no meaning with"),
+        (["--task", "qa", "--compression", "cascade", "--cascade-prompt", "{question}"], "must hold {transcript}"),
         (["--task", "qa", "--batch-size", "0"], "--batch-size must be 1 or more"),
     ]:
         with pytest.raises(SystemExit):
