@@ -109,12 +109,10 @@ class FastLongSpeechEncoder(Qwen2AudioEncoder):
                 batch = batch[2 * counts[batch] > counts[batch[0]]]
                 waiting = waiting[len(batch) :]
                 hidden = self(input_features[batch], mel_frames[batch]).last_hidden_state
-                position = torch.arange(hidden.shape[1])
-                valid = position < counts[batch, None]
-                place = (first[batch, None] + position)[valid]
+                row, position = torch.nonzero(torch.arange(hidden.shape[1]) < counts[batch, None], as_tuple=True)
                 if frames is None:
                     frames = hidden.new_empty(int(counts.sum()), hidden.shape[2])
-                frames[place.to(hidden.device)] = hidden[valid.to(hidden.device)]
+                frames[first[batch[row]] + position] = hidden[row, position]
         assert frames is not None
 
         recording_of = torch.arange(len(windows)).repeat_interleave(windows)
