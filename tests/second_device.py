@@ -21,20 +21,20 @@ READING = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_s
 
 
 class SecondDeviceTensor(Tensor):
-    """Holds its values in `values`, an ordinary tensor."""
+    """Holds its values in `held`, an ordinary tensor."""
 
-    values: Tensor
+    held: Tensor
 
     @staticmethod
     def __new__(cls, values: Tensor) -> "SecondDeviceTensor":
         with _disable_current_modes():
             shape = torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device="meta")
         tensor = Tensor._make_subclass(cls, shape, False, dispatch_device=True, device_for_backend_keys=DEVICE)
-        tensor.values = values
+        tensor.held = values
         return tensor
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.prim.device.default:
             return DEVICE
         raise RuntimeError(f"{func} outside SecondDevice().")
@@ -68,10 +68,10 @@ class SecondDevice(TorchDispatchMode):
         if any(there) and (comes_back or by_mask or by_counts or func in READING):
             self.waits.append(_our_line())
 
-        args, kwargs = tree_map_only(SecondDeviceTensor, lambda tensor: tensor.values, (args, kwargs))
+        args, kwargs = tree_map_only(SecondDeviceTensor, lambda tensor: tensor.held, (args, kwargs))
         result = func(*args, **kwargs)
         for tensor in tensors:
-            if result is getattr(tensor, "values", tensor):
+            if result is getattr(tensor, "held", tensor):
                 return tensor  # changed in place
         return tree_map_only(Tensor, SecondDeviceTensor, result) if target else result
 

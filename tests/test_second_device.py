@@ -28,7 +28,7 @@ def there(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_the_second_device_takes_care() -> None:
     with SecondDevice() as device:
         far = SecondDeviceTensor(torch.tensor([1.0, 2.0]))
-        assert (far * 2 + torch.tensor(1.0)).values.tolist() == [3.0, 5.0]
+        assert (far * 2 + torch.tensor(1.0)).held.tolist() == [3.0, 5.0]
         assert device.waits == []
         assert far.cpu().tolist() == [1.0, 2.0] and bool((far > 0).all()) and len(far[far > 1]) == 1
         assert len(device.waits) == 3
@@ -47,7 +47,7 @@ def test_recordings_are_compressed_alike(
             **there(audio), target_length=40, compression=compression
         )
         for name, tensor in features.items():
-            torch.testing.assert_close(tensor.values, expected[name])
+            torch.testing.assert_close(tensor.held, expected[name])
 
 
 def test_nothing_waits_inside_the_fusion(model: Model) -> None:
@@ -68,5 +68,5 @@ def test_questions_are_answered_and_speech_is_transcribed_alike(
     with SecondDevice():
         moved = move(copy.deepcopy(model))
         inputs = there(prompts | audio)
-        assert moved.generate(**inputs, target_length=20, max_new_tokens=5).values.tolist() == answers.tolist()
+        assert moved.generate(**inputs, target_length=20, max_new_tokens=5).held.tolist() == answers.tolist()
         assert moved.ctc_transcribe(**there(audio)) == transcripts
