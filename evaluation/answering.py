@@ -112,8 +112,8 @@ class Answerer:
         target_length: L, for a compression; None: the model's.
         max_new_tokens: of every answer.
         cascade_prompt: what a cascade asks, with `{transcript}` and `{question}`; None: `CASCADE`.
-        frames: where the frames of recordings are kept by name and looked for, for other methods and for other models
-            with the same encoder; None: they are not kept.
+        frames: where the frames of recordings are kept by name, in main memory, and looked for, for other methods and
+            for other models with the same encoder; None: they are not kept.
     """
 
     def __init__(
@@ -194,12 +194,14 @@ class Answerer:
         if new:
             inputs = self.processor(audio=list(new.values())).to(self.model.device)
             encoded = self.model.model.encode_recordings(**inputs)
+            encoded = encoded._replace(frames=encoded.frames.cpu())
             frames |= dict(zip(new, _split(encoded, encoded.lengths), strict=True))
         return [frames[name] for name in recordings]
 
     def _compress(self, encoded: Sequence[EncodedRecordings]) -> list[Tensor]:
         """Returns the embeddings of recordings, one of them each."""
         together = EncodedRecordings(*map(torch.cat, zip(*encoded, strict=True)))
+        together = together._replace(frames=together.frames.to(self.model.device))
         features = self.model.model.compress(together, self.target_length, self.compression)
         return list(features.pooler_output.split(features.audio_lengths.tolist()))
 

@@ -56,6 +56,9 @@ def write_part(root: Path, part: str, recordings: int, workers: int) -> None:
     folder = root / part
     rows = write_recordings(folder, partial(draw, part), recordings, workers)
     questions = [{"audio": row["audio"], **question} for row in rows for question in row["questions"]]
+    for question in questions:
+        if question["kind"] == "voice":
+            del question["time"]  # it is about the whole recording
     if part == "long":
         write_jsonl(folder / "qa.jsonl", questions)
     else:

@@ -1,0 +1,329 @@
+"""The paper's comparisons in one run: trains the rivals, asks every model under every condition, writes the tables.
+
+    python -m fastlongspeech.evaluation.paper evaluation/recipes/paper-demo.yaml
+    python -m fastlongspeech.evaluation.paper RECIPE --steps train evaluate --models plain most_similar
+    python -m fastlongspeech.evaluation.paper RECIPE --steps report
+    python -m fastlongspeech.evaluation.paper RECIPE --commands
+
+Steps: `train`, stage 2 for each rival that is not there; `evaluate`, the questions of every condition; `time`, seconds
+from file to answer on an idle machine; `report`, the page and its plots from what is there. A condition is one
+`fastlongspeech evaluate` command; `--commands` prints them all, the most important first, which is their order.
+Stopped and started again, every step goes on where it was. `--models` takes conditions of some models only, so that
+several processes can share the work; `--quick` takes a few questions and a step or two of training into OUTPUT/quick.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from accelerate import PartialState
+from tqdm import tqdm
+
+from ..compression_fastlongspeech import COMPRESSIONS
+from ..encoder_fastlongspeech import EncodedRecordings
+from .answering import Answerer
+from .benchmarks import Benchmark, Example, load_benchmark
+from .journal import Journal, read_journal
+from .run import DATA, SUMMARY, find_device, find_judge, load_model, parse_arguments, predict, score
+
+STEPS = ("train", "evaluate", "time", "report")
+RIVALS = {"plain": "none", "average_pooling": "average_pooling", "most_similar": "most_similar"}  # trained through
+MODELS = ("fastlongspeech", "stage1", *RIVALS)
+WINDOW = 750  # frames of 30 s: a short recording keeps all of its own
+SECONDS = "seconds.jsonl"
+TIMED, QUICK_TIMED, QUICK_ROWS = 16, 2, 4
+OWN_FIELDS = ("title", "long", "cascade_prompt")  # of a benchmark; the others are arguments of evaluate
+
+
+class Method(NamedTuple):
+    """A row of the tables: which ``model`` hears recordings through which ``compression`` of `evaluate`."""
+
+    name: str
+    model: str
+    compression: str
+
+
+OURS = Method("FastLongSpeech", "fastlongspeech", "iterative_fusion")
+RANDOM = Method("Random", "plain", "random")
+SIMILAR = Method("MostSim", "plain", "most_similar")
+POOLING = Method("AvgPool", "plain", "average_pooling")
+MERGING = Method("A-ToMe", "plain", "adjacent_merging")
+PLAIN_FUSION = Method("iterative fusion, plain fine-tune", "plain", "iterative_fusion")
+POOLING_TRAINED = Method("AvgPool, trained with it", "average_pooling", "average_pooling")
+SIMILAR_TRAINED = Method("MostSim, trained with it", "most_similar", "most_similar")
+STAGE1 = Method("iterative fusion, stage 1 only", "stage1", "iterative_fusion")
+NTK_ROPE = Method("NTK-RoPE", "plain", "ntk_rope")
+ONE_STEP = Method("FastLongSpeech, one round", "fastlongspeech", "single_step_fusion")
+UNIFORM = Method("FastLongSpeech, plain means", "fastlongspeech", "uniform_density")
+BASELINE = Method("base model, every frame", "stage1", "none")
+CTC = Method("CTC decoder", "fastlongspeech", "ctc")
+AT_LENGTHS = (OURS, RANDOM, SIMILAR, POOLING, MERGING, PLAIN_FUSION, POOLING_TRAINED, SIMILAR_TRAINED, STAGE1)
+CASCADES = (
+    Method("cascade, stage 1 only", "stage1", "cascade"),
+    Method("CTC cascade, stage 1 only", "stage1", "ctc_cascade"),
+    Method("cascade", "fastlongspeech", "cascade"),
+    Method("CTC cascade", "fastlongspeech", "ctc_cascade"),
+)
+ON_LONG = (
+    *(OURS, ONE_STEP, UNIFORM),
+    *(RANDOM, SIMILAR, POOLING, PLAIN_FUSION, MERGING, NTK_ROPE),
+    *(POOLING_TRAINED, SIMILAR_TRAINED, STAGE1),
+    *CASCADES,
+)
+
+
+class Condition(NamedTuple):
+    """One run of `fastlongspeech evaluate`: the benchmark's name, the model's, what shortens recordings, and L."""
+
+    benchmark: str
+    model: str
+    compression: str
+    length: int | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is compared, as in `evaluation/recipes/`.
+
+    Attributes:
+        output: folder for the predictions of all conditions.
+        page: Markdown file to write; its plots go beside it.
+        models: folder of every one of `MODELS`; rivals that are missing are trained into theirs.
+        training: arguments of `fastlongspeech.train.dct` that the rivals share.
+        lengths: L of the short benchmarks.
+        benchmarks: by name, the arguments of `fastlongspeech evaluate` that say what is asked, a `title`, and `long`
+            where recordings are longer than a window: these are fused to `WINDOW` frames.
+        source: the recipe's file.
+        quick: whether it is cut down to see that everything works.
+    """
+
+    output: Path
+    page: Path
+    models: dict[str, str]
+    training: list[str]
+    lengths: list[int]
+    benchmarks: dict[str, dict[str, Any]]
+    source: str
+    quick: bool
+
+    @classmethod
+    def read(cls, source: str, quick: bool = False) -> "Recipe":
+        """Returns the recipe in a YAML file, cut down if `quick`.
+
+        Raises:
+            ValueError: it lacks something, or holds something else.
+        """
+        content = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+        known = {field.name for field in dataclasses.fields(cls)} - {"source", "quick"}
+        if not isinstance(content, dict) or set(content) != known:
+            raise ValueError(f"{source} must set {', '.join(sorted(known))} and nothing else; correct it.")
+        if set(content["models"]) != set(MODELS):
+            raise ValueError(f"{source} must name models {', '.join(MODELS)}, got {', '.join(content['models'])}.")
+        output, page = Path(content["output"]), Path(content["page"])
+        content["training"] = list(map(str, content["training"]))
+        if quick:
+            output, page = output / "quick", output / "quick" / "results.md"
+            content["models"] |= {name: str(output / "models" / name) for name in RIVALS}
+            content["training"] += ["--max_steps", "2"]
+            content["lengths"] = [max(content["lengths"]), min(content["lengths"])]
+            for asked in content["benchmarks"].values():
+                asked["limit"] = QUICK_ROWS
+        return cls(**(content | {"output": output, "page": page, "source": source, "quick": quick}))
+
+    def is_long(self, benchmark: str) -> bool:
+        """Tells whether recordings of a benchmark are longer than a window."""
+        return bool(self.benchmarks[benchmark].get("long"))
+
+    def condition(self, benchmark: str, method: Method, length: int = WINDOW) -> Condition:
+        """Returns the condition of a method at a length; short recordings keep every frame from `WINDOW` on."""
+        compression = method.compression
+        if compression in COMPRESSIONS and length >= WINDOW and not self.is_long(benchmark):
+            compression = "none"
+        return Condition(benchmark, method.model, compression, length if compression in COMPRESSIONS else None)
+
+    def conditions(self) -> list[Condition]:
+        """Returns all conditions, the most important first."""
+        wanted = []
+        for benchmark, asked in self.benchmarks.items():
+            if self.is_long(benchmark):
+                wanted += [self.condition(benchmark, method) for method in ON_LONG]
+                continue
+            wanted += [self.condition(benchmark, method, length) for method in AT_LENGTHS for length in self.lengths]
+            wanted.append(self.condition(benchmark, BASELINE))
+            if asked["task"] == "asr":
+                wanted.append(self.condition(benchmark, CTC))
+
+        def importance(condition: Condition) -> tuple[bool, ...]:
+            others = condition.model not in (OURS.model, RANDOM.model)
+            return "cascade" in condition.compression, others, not self.is_long(condition.benchmark)
+
+        return sorted(dict.fromkeys(wanted), key=importance)
+
+    def folder(self, condition: Condition) -> Path:
+        """Returns where the predictions of a condition are."""
+        _, *parts = condition
+        return self.output / condition.benchmark / "-".join(str(part) for part in parts if part is not None)
+
+    def command(self, condition: Condition) -> list[str]:
+        """Returns the arguments of `fastlongspeech evaluate`."""
+        benchmark = self.benchmarks[condition.benchmark]
+        options = {name: value for name, value in benchmark.items() if name not in OWN_FIELDS}
+        options |= {"model": self.models[condition.model], "compression": condition.compression}
+        options["target_length"] = condition.length
+        if "cascade" in condition.compression:
+            options["cascade_prompt"] = benchmark.get("cascade_prompt")
+        options["output"] = self.folder(condition)
+        words = []
+        for name, value in options.items():
+            if value is not None:
+                words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        return words
+
+
+class Models:
+    """Loads one model at a time; keeps the frames of recordings as long as the models have the same encoder."""
+
+    def __init__(self) -> None:
+        self.frames: dict[str, EncodedRecordings] = {}
+        self._encoder = ""
+        self._loaded: Any = None
+        self._wanted: Any = None
+
+    def load(self, arguments: argparse.Namespace, device: str) -> tuple[Any, Any]:
+        """Returns the model and the processor that the arguments of `evaluate` ask for."""
+        wanted = arguments.model, arguments.dtype, arguments.compression == "ntk_rope", device
+        if wanted != self._wanted:
+            self._loaded = None  # two might be too large
+            self._wanted, self._loaded = wanted, load_model(arguments, device)
+            weights = hashlib.sha1(str(self._loaded[0].dtype).encode())
+            for weight in self._loaded[0].model.audio_tower.state_dict().values():
+                weights.update(weight.cpu().float().numpy().tobytes())
+            if weights.hexdigest() != self._encoder:
+                self.frames.clear()
+                self._encoder = weights.hexdigest()
+        return self._loaded
+
+
+def train(recipe: Recipe, names: Sequence[str]) -> None:
+    """Trains the rivals that are not there."""
+    from ..train import dct  # the extra `train`
+
+    for name, compression in RIVALS.items():
+        folder = recipe.models[name]
+        if name in names and not (Path(folder) / "config.json").exists():
+            dct.main([*recipe.training, "--compression", compression, "--output_dir", folder])
+
+
+def evaluate(recipe: Recipe, names: Sequence[str], models: Models) -> None:
+    """Answers and scores the questions of every condition of these models.
+
+    Raises:
+        ValueError: a rival is not there, or a benchmark or the judge can't be used.
+    """
+    for name in RIVALS:
+        if name in names and not (Path(recipe.models[name]) / "config.json").exists():
+            raise ValueError(f"{recipe.models[name]} holds no model; train it with --steps train --models {name}.")
+    state = PartialState(cpu=not torch.cuda.is_available())
+    conditions = [condition for condition in recipe.conditions() if condition.model in names]
+    opened: dict[str, tuple[Benchmark, Any]] = {}
+    for number, condition in enumerate(conditions, 1):
+        arguments = parse_arguments(recipe.command(condition))
+        if condition.benchmark not in opened:
+            benchmark = load_benchmark(*(getattr(arguments, name) for name in DATA))
+            opened[condition.benchmark] = benchmark, find_judge(arguments, benchmark)
+        benchmark, _ = opened[condition.benchmark]
+        if state.is_main_process:
+            print(f"{number} of {len(conditions)}: {arguments.output}", file=sys.stderr, flush=True)
+        predict(arguments, benchmark, state, models.load, models.frames)
+        scored = (arguments.output / SUMMARY).exists() and not any(arguments.output.glob("predictions.part*"))
+        if state.is_main_process and not scored:
+            score(arguments, benchmark)
+    state.destroy_process_group()  # nobody waits for the judge
+    for condition in conditions if state.is_main_process else []:
+        arguments = parse_arguments(recipe.command(condition))
+        benchmark, (chat, template) = opened[condition.benchmark]
+        if chat is not None and "judge" not in json.loads((arguments.output / SUMMARY).read_text())["scores"]:
+            score(arguments, benchmark, chat, template)
+
+
+def measure(recipe: Recipe, names: Sequence[str], models: Models) -> None:
+    """Measures seconds from a recording's file to its answer, one at a time, for ours and NTK-RoPE.
+
+    The recordings are spread evenly over those of a long benchmark, sorted by duration; their mean stands for all.
+    """
+    device = find_device(None)
+    for name in filter(recipe.is_long, recipe.benchmarks):
+        path = recipe.output / name / SECONDS
+        done = {(row["model"], row["compression"], row["row"]) for row in read_journal(path)}
+        for condition in (recipe.condition(name, method) for method in (OURS, NTK_ROPE)):
+            if condition.model not in names:
+                continue
+            arguments = parse_arguments(recipe.command(condition))
+            benchmark = load_benchmark(*(getattr(arguments, field) for field in DATA))
+            key = condition.model, condition.compression
+            waiting = [example for example in spread(benchmark, recipe.quick) if (*key, example.row) not in done]
+            if not waiting:
+                continue
+            model, processor = models.load(arguments, device)
+            answerer = Answerer(model, processor, key[1], condition.length, arguments.max_new_tokens)
+            examples = benchmark.examples
+            answerer.prepare([example.question for example in examples], [example.duration for example in examples])
+            answerer.answer([waiting[0].question], ["to warm up"], [benchmark.audio(waiting[0])])
+            with Journal(path) as journal:
+                for example in tqdm(waiting, desc=f"timing {key[1]}", unit="recording"):
+                    load, start = os.getloadavg()[0], time.perf_counter()
+                    answerer.answer([example.question], [example.recording], [benchmark.audio(example)])
+                    seconds = time.perf_counter() - start
+                    row = {"model": key[0], "compression": key[1], "row": example.row, "recording": example.recording}
+                    row |= {"duration": example.duration, "seconds": seconds, "load": load, "device": device}
+                    journal.append(row | {"threads": torch.get_num_threads()})
+
+
+def spread(benchmark: Benchmark, quick: bool) -> list[Example]:
+    """Returns the first question about each of `TIMED` recordings, evenly spread over the durations."""
+    firsts = {example.recording: example for example in reversed(benchmark.examples)}
+    ordered = sorted(firsts.values(), key=lambda example: example.duration)
+    count = min(len(ordered), QUICK_TIMED if quick else TIMED)
+    return [ordered[(2 * number + 1) * len(ordered) // (2 * count)] for number in range(count)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="YAML file: models, benchmarks, lengths, and where everything goes")
+    parser.add_argument("--steps", nargs="+", default=STEPS, choices=STEPS, metavar="STEP", help=f"of {STEPS}")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS, metavar="MODEL", help=f"of {MODELS}")
+    parser.add_argument("--commands", action="store_true", help="print the commands of the conditions, and do no more")
+    parser.add_argument("--quick", action="store_true", help="a few questions, to see that everything works")
+    arguments = parser.parse_args(argv)
+    recipe = Recipe.read(arguments.recipe, arguments.quick)
+    if arguments.commands:
+        for condition in recipe.conditions():
+            if condition.model in arguments.models:
+                print(shlex.join(["fastlongspeech", "evaluate", *recipe.command(condition)]))
+        return
+    models, state = Models(), PartialState(cpu=not torch.cuda.is_available())
+    if "train" in arguments.steps:
+        train(recipe, arguments.models)
+    if "evaluate" in arguments.steps:
+        evaluate(recipe, arguments.models, models)
+    if "time" in arguments.steps and state.is_main_process:
+        measure(recipe, arguments.models, models)
+    if "report" in arguments.steps and state.is_main_process:
+        from .paper_report import write_report  # matplotlib, the extra `demo`
+
+        write_report(recipe)
+
+
+if __name__ == "__main__":
+    main()

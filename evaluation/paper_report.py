@@ -1,0 +1,384 @@
+"""The page of the paper's comparisons: tables beside the paper's own figures, and plots, from what is there.
+
+Only the blocks between its markers are written; all else on the page is kept.
+"""
+
+from collections.abc import Iterable, Sequence
+from shlex import join
+from statistics import mean
+from textwrap import fill
+from typing import Any
+
+from ..cost import TEXT_TOKENS
+from .paper import (
+    AT_LENGTHS,
+    BASELINE,
+    CASCADES,
+    CTC,
+    MERGING,
+    NTK_ROPE,
+    ONE_STEP,
+    OURS,
+    PLAIN_FUSION,
+    POOLING,
+    POOLING_TRAINED,
+    RANDOM,
+    RIVALS,
+    SIMILAR,
+    SIMILAR_TRAINED,
+    STAGE1,
+    UNIFORM,
+    WINDOW,
+    Method,
+    Recipe,
+)
+from .paper_plots import DURATIONS, FIFTHS, binned, plot_lengths, plot_long
+from .paper_results import DASH, METRICS, Results, cell, difference
+
+HEAD = """# The paper's tables, again
+
+## What came out differently
+
+<!-- Written by hand, like all that stands outside the blocks between markers, which evaluation/paper.py writes. -->
+"""
+PAPER = "paper: score, 1 to 5"
+# The paper's figures; its scores are those of a judge, 1 to 5.
+TABLE_1 = {RANDOM: 2.54, SIMILAR: 3.08, POOLING: 3.10, NTK_ROPE: 3.44, OURS: 3.55}
+BEYOND_TABLE_1 = (MERGING, PLAIN_FUSION, POOLING_TRAINED, SIMILAR_TRAINED, STAGE1, *CASCADES)
+TABLE_2 = {
+    "FastLongSpeech": (OURS, 3.55),
+    "w/o DCT: plain fine-tune": (PLAIN_FUSION, 3.33),
+    "w/o iterative fusion: one round": (ONE_STEP, 3.41),
+    "w/o content density: plain means": (UNIFORM, 3.28),
+}
+Costs = dict[tuple[Method, int], tuple[float, float]]
+TABLE_3: Costs = {
+    (BASELINE, WINDOW): (3.73, 9.79),
+    (OURS, 400): (3.80, 8.54),
+    (OURS, 200): (3.87, 5.64),
+    (OURS, 100): (3.71, 4.17),
+}
+TABLE_4 = {NTK_ROPE: (3.44, 61.21, 4.80), OURS: (3.55, 26.44, 1.47)}
+TABLE_5 = {
+    (BASELINE, WINDOW): (3.85, 6.70, 13.71),
+    (OURS, 750): (4.04, 7.02, 11.76),
+    (OURS, 400): (4.08, 7.17, 11.77),
+    (OURS, 200): (4.36, 7.40, 12.70),
+    (OURS, 100): (27.12, 24.61, 23.69),
+}
+TABLE_7: Costs = {
+    (BASELINE, WINDOW): (3.95, 11.76),
+    (STAGE1, 400): (4.13, 8.25),
+    (STAGE1, 200): (3.92, 5.46),
+    (STAGE1, 100): (3.62, 4.06),
+    (STAGE1, 50): (3.16, 3.35),
+}
+
+
+def write_report(recipe: Recipe) -> None:
+    """Writes the blocks of the recipe's page, and the plots beside it."""
+    results = Results(recipe)
+    recipe.page.parent.mkdir(parents=True, exist_ok=True)
+    blocks = {
+        "conditions": conditions(results),
+        "lengths": lengths(results),
+        "table 1": table_1(results),
+        "table 2": table_2(results),
+        "table 3": costs(results, "Table 3: score and cost of shorter clips", TABLE_3, "LibriTTS of OpenASQA"),
+        "table 4": table_4(results),
+        "table 5": table_5(results),
+        "table 7": costs(results, "Table 7: fusion after stage 1 only", TABLE_7, "speech_dialogue_QA_fisher"),
+        "long": long_recordings(results),
+    }
+    text = recipe.page.read_text(encoding="utf-8") if recipe.page.exists() else HEAD
+    recipe.page.write_text(insert_blocks(text, blocks, str(recipe.page)), encoding="utf-8")
+
+
+def insert_blocks(text: str, blocks: dict[str, str], where: str) -> str:
+    """Returns a page with the blocks in the place of those of the same name, new ones at the end.
+
+    Raises:
+        ValueError: a block of the page has no end.
+    """
+    for name, content in blocks.items():
+        begin, end = f"<!-- begin {name} (evaluation/paper.py) -->", f"<!-- end {name} -->"
+        block = f"{begin}\n\n{content}\n\n{end}"
+        before, found, rest = text.partition(begin)
+        if not found:
+            text = f"{text.rstrip()}\n\n{block}\n"
+            continue
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"{where} has the line {begin} but not {end}; put that behind the block's last line.")
+        text = before + block + after
+    return text
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[Any]], words: int = 1) -> str:
+    """Returns a Markdown table whose first columns hold words, the others figures."""
+    lines = [headings, ["---"] * words + ["---:"] * (len(headings) - words), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def join_parts(parts: Iterable[str]) -> str:
+    """Returns parts of a page with a blank line between them, paragraphs in short lines."""
+    return "\n\n".join(part if part[0] in "#|`!" else fill(part, 119) for part in parts)
+
+
+def command(results: Results, benchmark: str, method: Method, length: int = WINDOW) -> str:
+    """Returns the command that repeats one condition."""
+    recipe = results.recipe
+    words = recipe.command(recipe.condition(benchmark, method, length))
+    return f"```bash\n{join(['fastlongspeech', 'evaluate', *words])}\n```"
+
+
+def conditions(results: Results) -> str:
+    """Returns how the page is made, what it compares, and what is not there yet."""
+    recipe, found = results.recipe, results.summaries
+    said = [
+        "## How it was made",
+        f"```bash\npython -m fastlongspeech.evaluation.paper {recipe.source}{' --quick' if recipe.quick else ''}\n```",
+        "All figures on this page come from this command, which trains the rivals, asks every model under every "
+        "condition and writes the tables; with `--commands` it prints the command of every condition by itself. In "
+        "brackets: 95 % bootstrap intervals over recordings. Recordings of up to 30 s are not shortened at "
+        f"L = {WINDOW}, so all methods of a model are the same there.",
+    ]
+    if recipe.quick:
+        said.append("**Cut down to see that everything works: these figures mean nothing.**")
+    if results.missing:
+        many = len(results.missing) + len(found)
+        said.append(f"**{len(results.missing)} of {many} conditions are not there yet; a dash ({DASH}) marks them.**")
+    how = {
+        "fastlongspeech": "stage 2, dynamic lengths through iterative fusion",
+        "stage1": "the base model and its CTC decoder, no stage 2",
+    } | {
+        name: "stage 2 with every frame, the same data and steps"
+        if compression == "none"
+        else f"stage 2, dynamic lengths through `{compression}`, the same data and steps"
+        for name, compression in RIVALS.items()
+    }
+    said.append(table(["model", "folder", "trained by"], [(n, f"`{recipe.models[n]}`", how[n]) for n in how], 3))
+    methods = dict.fromkeys([*AT_LENGTHS, *TABLE_1, ONE_STEP, UNIFORM, *BEYOND_TABLE_1, BASELINE, CTC])
+    said.append(
+        table(["method", "model", "`--compression`"], [(m.name, m.model, f"`{m.compression}`") for m in methods], 3)
+    )
+    asked = []
+    for name in recipe.benchmarks:
+        of_it = [summary for condition, summary in found.items() if condition.benchmark == name]
+        sizes = [f"{of_it[0][field]:,}" for field in ("questions", "recordings")] if of_it else [DASH] * 2
+        hours = f"{of_it[0]['hours']:.2f}" if of_it else DASH
+        asked.append([title(results, name), f"`{name}`", *sizes, hours, METRICS[results.metric(name)][0]])
+    said.append(table(["questions about", "benchmark", "questions", "recordings", "hours", "scored by"], asked, 2))
+    runs = [summary["run"] | summary["versions"] for summary in found.values()]
+    machines = {
+        f"{r['device']} ({r['dtype']}), torch {r['torch']}, transformers {r['transformers']}, Python {r['python']}"
+        for r in runs
+    }
+    said += [f"Run on {'; '.join(sorted(machines))}."] if machines else []
+    return join_parts(said)
+
+
+def title(results: Results, benchmark: str) -> str:
+    return results.recipe.benchmarks[benchmark].get("title", benchmark)
+
+
+def unit(results: Results, benchmarks: Iterable[str]) -> tuple[str, float]:
+    """Returns the unit that the operations of benchmarks are shown in: its name and size."""
+    most = max((results.flops(name, BASELINE) or 0 for name in benchmarks), default=0)
+    return ("TFLOPs", 1e12) if most > 1e11 else ("GFLOPs", 1e9)
+
+
+def number(value: float | None, scale: float = 1) -> str:
+    return DASH if value is None else f"{value / scale:.3g}"
+
+
+def share(value: float | None) -> str:
+    return DASH if value is None else f"{value:.2f}"
+
+
+def lengths(results: Results) -> str:
+    """Returns scores, word errors and costs at every L (Fig. 2 of the paper), and their plot."""
+    recipe = results.recipe
+    path = recipe.page.with_name(f"{recipe.page.stem}-lengths.svg")
+    said = [
+        "## Fig. 2: score, word errors and cost against L",
+        "The paper shows its Fig. 2 as curves only: FastLongSpeech above Random, AvgPool and MostSim at every L on "
+        "three benchmarks, and far above at L = 12. Random, MostSim, AvgPool and A-ToMe read with the plain "
+        'fine-tune, as we understand the paper; "trained with it" and A-ToMe are beyond the paper.',
+    ]
+    if plot_lengths(results, path):
+        said.append(f"![Score, word errors and cost against L]({path.name})")
+    for name in results.benchmarks(False):
+        metric = results.metric(name)
+        rows = []
+        for method in AT_LENGTHS:
+            rows.append([method.name, *(cell(results.rows(name, method, n), metric) for n in recipe.lengths)])
+        said += [
+            f"### {title(results, name)}: {METRICS[metric][0]}",
+            command(results, name, OURS, min(recipe.lengths)),
+        ]
+        said.append(table(["method", *(f"L = {length}" for length in recipe.lengths)], rows))
+        every_frame = [(BASELINE.name, cell(results.rows(name, BASELINE), metric))]
+        if metric == "word_errors":
+            every_frame.append((CTC.name, cell(results.rows(name, CTC), metric)))
+        said.append(table(["without shortening", METRICS[metric][0]], every_frame))
+    answered = results.benchmarks(False)[:1]
+    for name in answered:
+        sign, size = unit(results, answered)
+        counted = {method.compression: method for method in reversed(AT_LENGTHS)}
+        said.append(
+            f"### {title(results, name)}: {sign} to the first token\n\nCounted by `fastlongspeech cost`, with "
+            f"{TEXT_TOKENS} tokens of text and durations rounded to seconds; the same for all models."
+        )
+        rows = [
+            [f"`{compression}`", *(number(results.flops(name, method, n), size) for n in recipe.lengths)]
+            for compression, method in reversed(counted.items())
+        ]
+        said.append(table(["`--compression`", *(f"L = {length}" for length in recipe.lengths)], rows))
+    return join_parts(said)
+
+
+def table_1(results: Results) -> str:
+    """Returns the scores of all methods on long recordings beside Table 1."""
+    said = ["## Table 1: long recordings"]
+    for name in results.benchmarks(True):
+        metric = results.metric(name)
+        ours = results.rows(name, OURS)
+        voice = "exact_match" if results.voice(name, OURS) else None
+        headings = ["method", PAPER, f"here: {METRICS[metric][0]}", "more than FastLongSpeech", METRICS["token_f1"][0]]
+        rows = []
+        for method in (*TABLE_1, *BEYOND_TABLE_1):
+            found = results.rows(name, method)
+            row = [method.name, f"{TABLE_1[method]:.2f}" if method in TABLE_1 else "", cell(found, metric)]
+            row += ["" if method == OURS else difference(found, ours, metric), cell(found, "token_f1")]
+            rows.append(row + ([cell(results.voice(name, method), voice)] if voice else []))
+        said += [f"### {title(results, name)}", command(results, name, OURS)]
+        said.append(table(headings + (["man or woman, %"] if voice else []), rows))
+    return join_parts(said)
+
+
+def table_2(results: Results) -> str:
+    """Returns the ablations on long recordings beside Table 2."""
+    said = [
+        "## Table 2: ablations",
+        'One round and plain means change what the trained FastLongSpeech hears when it answers; "w/o DCT" has its '
+        "fusion and the plain fine-tune's language model.",
+    ]
+    for name in results.benchmarks(True):
+        metric = results.metric(name)
+        ours = results.rows(name, OURS)
+        rows = []
+        for label, (method, score) in TABLE_2.items():
+            found = results.rows(name, method)
+            less = ["", ""] if method == OURS else [f"{score - TABLE_1[OURS]:+.2f}", difference(found, ours, metric)]
+            rows.append([label, f"{score:.2f}", less[0], cell(found, metric), less[1]])
+        said += [f"### {title(results, name)}", command(results, name, ONE_STEP)]
+        said.append(table(["method", PAPER, "difference", f"here: {METRICS[metric][0]}", "difference"], rows))
+    return join_parts(said)
+
+
+def costs(results: Results, heading: str, paper: Costs, source: str) -> str:
+    """Returns scores and costs at several L beside Table 3 or 7, each cost also in terms of the baseline's."""
+    said = [f"## {heading}", f"The paper's figures are those of {source}."]
+    for name in results.benchmarks(False, "judge", "exact_match"):
+        metric = results.metric(name)
+        sign, size = unit(results, [name])
+        whole = results.flops(name, BASELINE)
+        rows = []
+        for (method, length), (score, tflops) in paper.items():
+            counted = results.flops(name, method, length)
+            label = method.name if method == BASELINE else f"{method.name}, L = {length}"
+            theirs = [f"{score:.2f}", f"{tflops:.2f}", f"{tflops / paper[BASELINE, WINDOW][1]:.2f}"]
+            ratio = None if counted is None or whole is None else counted / whole
+            rows.append(
+                [
+                    label,
+                    *theirs,
+                    cell(results.rows(name, method, length), metric),
+                    number(counted, size),
+                    number(ratio),
+                ]
+            )
+        said += [f"### {title(results, name)}", command(results, name, *list(paper)[1])]
+        headings = ["method", PAPER, "TFLOPs", "of baseline", f"here: {METRICS[metric][0]}", sign, "of baseline"]
+        said.append(table(headings, rows))
+    return join_parts(said)
+
+
+def table_4(results: Results) -> str:
+    """Returns score, counted operations and measured seconds on long recordings beside Table 4."""
+    said = ["## Table 4: score, operations, seconds"]
+    for name in results.benchmarks(True):
+        metric = results.metric(name)
+        sign, size = unit(results, [name])
+        rows, figures = [], {}
+        for method, (score, tflops, seconds) in TABLE_4.items():
+            counted, measured = results.flops(name, method), results.seconds(name, method)
+            taken = mean(row["seconds"] for row in measured) if measured else None
+            figures[method] = counted, taken
+            row = [method.name, f"{score:.2f}", f"{tflops:.2f}", f"{seconds:.2f}"]
+            rows.append([*row, cell(results.rows(name, method), metric), number(counted, size), number(taken)])
+        shares = [
+            share(ours / theirs if ours is not None and theirs else None)
+            for ours, theirs in zip(figures[OURS], figures[NTK_ROPE], strict=True)
+        ]
+        theirs = [f"{a / b:.2f}" for a, b in zip(TABLE_4[OURS][1:], TABLE_4[NTK_ROPE][1:], strict=True)]
+        rows.append(["FastLongSpeech / NTK-RoPE", "", *theirs, "", *shares])
+        said += [f"### {title(results, name)}", command(results, name, NTK_ROPE)]
+        headings = ["method", PAPER, "TFLOPs", "seconds", f"here: {METRICS[metric][0]}", sign, "seconds"]
+        said.append(table(headings, rows))
+        timed = results.seconds(name, OURS)
+        if timed:
+            first = timed[0]
+            said.append(
+                f"Seconds from the file to the whole answer, one recording at a time: means over {len(timed)} of the "
+                f"recordings, spread evenly over the durations (mean {mean(r['duration'] for r in timed):.0f} s), on "
+                f"{first['device']} with {first['threads']} threads, load {max(r['load'] for r in timed):.1f} at "
+                "most; the paper's on an L40."
+            )
+    return join_parts(said)
+
+
+def table_5(results: Results) -> str:
+    """Returns the word errors beside Table 5."""
+    names = results.benchmarks(False, "word_errors")
+    rows = []
+    for (method, length), rates in TABLE_5.items():
+        label = method.name if method == BASELINE else f"{method.name}, L = {length}"
+        rows.append(
+            [
+                label,
+                *(f"{rate:.2f}" for rate in rates),
+                *(cell(results.rows(name, method, length), "word_errors") for name in names),
+            ]
+        )
+    said = ["## Table 5: word errors", *(command(results, name, OURS, 400) for name in names[:1])]
+    paper = ["paper: test-clean, %", "test-other, %", "GigaSpeech, %"]
+    said.append(table(["method", *paper, *(f"here: {title(results, name)}, %" for name in names)], rows))
+    return join_parts(said)
+
+
+def long_recordings(results: Results) -> str:
+    """Returns scores by duration and by the place of the fact in long recordings, and their plots."""
+    said = ["## Duration, and where the fact is"]
+    for name in results.benchmarks(True):
+        path = results.recipe.page.with_name(f"{results.recipe.page.stem}-{name}.svg")
+        said.append(f"### {title(results, name)}: {METRICS[results.metric(name)][0]}")
+        if plot_long(results, name, path):
+            said.append(f"![Scores against duration and place of the fact]({path.name})")
+        for field, edges, heading in (
+            ("duration", DURATIONS, "By duration, in seconds:"),
+            ("place", FIFTHS, "By where the fact is said, in parts of the recording:"),
+        ):
+            rows: list[list[str]] = []
+            headings = ["method", *(f"{low:g} to {high:g}" for low, high in zip(edges, edges[1:], strict=False))]
+            for method in (*TABLE_1, *BEYOND_TABLE_1):
+                bins = binned(results.rows(name, method), field, edges)
+                if not any(bins):
+                    continue
+                if not rows:
+                    rows.append(["questions", *(f"{len(part):,}" for part in bins)])
+                rows.append([method.name, *(cell(part, results.metric(name)) for part in bins)])
+            if rows:
+                said += [heading, table(headings, rows)]
+    return join_parts(said)

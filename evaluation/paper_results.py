@@ -1,0 +1,128 @@
+"""What the conditions of a recipe came to: scores with their intervals, counted operations, measured seconds."""
+
+import json
+from collections import Counter
+from typing import Any
+
+from ..configuration_fastlongspeech import FastLongSpeechConfig
+from ..cost import ModelCost
+from .journal import read_journal
+from .paper import NTK_ROPE, OURS, SECONDS, WINDOW, Condition, Method, Recipe
+from .report import PREDICTIONS
+from .run import SUMMARY
+from .scoring import mean_with_interval
+
+Rows = list[dict[str, Any]]
+DASH = "–"  # for what is not there yet
+# What a benchmark is scored by: the first of these that all its predictions have. Its name, and what it is times.
+METRICS = {
+    "judge": ("score, 1 to 5", 1),
+    "exact_match": ("exact match, %", 100),
+    "accuracy": ("accuracy, %", 100),
+    "word_errors": ("word errors, %", 100),
+    "token_f1": ("token F1, %", 100),
+}
+
+
+class Results:
+    """The scored predictions of a recipe's conditions, as far as they are there, and what they cost.
+
+    Attributes:
+        found: the predictions of every condition that is complete.
+        summaries: what is in their `summary.json`.
+        missing: the other conditions.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.found: dict[Condition, Rows] = {}
+        self.summaries: dict[Condition, dict[str, Any]] = {}
+        for condition in recipe.conditions():
+            folder = recipe.folder(condition)
+            if (folder / SUMMARY).exists():
+                self.found[condition] = read_journal(folder / PREDICTIONS)
+                self.summaries[condition] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        self.missing = [condition for condition in recipe.conditions() if condition not in self.found]
+        self.counter = ModelCost(FastLongSpeechConfig.from_pretrained(recipe.models[OURS.model]))
+        self._flops: dict[tuple[int, int | None, str], int] = {}
+
+    def rows(self, benchmark: str, method: Method, length: int = WINDOW) -> Rows | None:
+        """Returns the predictions of a condition, those about the voice left out of several kinds; None: not there."""
+        rows = self.found.get(self.recipe.condition(benchmark, method, length))
+        return rows and ([row for row in rows if row.get("kind") != "voice"] or rows)
+
+    def voice(self, benchmark: str, method: Method) -> Rows:
+        """Returns the predictions about the voice among those of several kinds."""
+        rows = self.found.get(self.recipe.condition(benchmark, method), [])
+        voice = [row for row in rows if row.get("kind") == "voice"]
+        return voice if len(voice) < len(rows) else []
+
+    def benchmarks(self, long: bool, *metrics: str) -> list[str]:
+        """Returns the benchmarks of long or of short recordings that are scored by one of these metrics, or by any."""
+        names = [name for name in self.recipe.benchmarks if self.recipe.is_long(name) == long]
+        return [name for name in names if not metrics or self.metric(name) in metrics]
+
+    def metric(self, benchmark: str) -> str:
+        """Returns what a benchmark is scored by."""
+        found = [rows for condition, rows in self.found.items() if condition.benchmark == benchmark]
+        for name in METRICS:
+            if found and all(any(row.get(name) is not None for row in rows) for rows in found):
+                return name
+        task = self.recipe.benchmarks[benchmark]["task"]
+        return {"asr": "word_errors", "choice": "accuracy", "meld": "accuracy"}.get(task, "exact_match")
+
+    def flops(self, benchmark: str, method: Method, length: int = WINDOW) -> float | None:
+        """Returns the operations to the first token of an answer, counted by `cost.py`, as a mean over the questions.
+
+        Durations are rounded to seconds. None where no condition of the benchmark is there.
+        """
+        condition = self.recipe.condition(benchmark, method, length)
+        target, compression = condition.length, condition.compression
+        if method == NTK_ROPE:
+            if condition not in self.summaries:
+                return None
+            target, compression = self.summaries[condition]["run"]["target_length"], "iterative_fusion"
+        same = [rows for other, rows in self.found.items() if other.benchmark == benchmark]
+        if not same:
+            return None
+        durations = Counter(max(1, round(row["duration"])) for row in same[0])
+        for duration in durations:
+            case = duration, target, compression
+            if case not in self._flops:
+                self._flops[case] = self.counter.recording(*case).total
+        return sum(self._flops[duration, target, compression] * n for duration, n in durations.items()) / sum(
+            durations.values()
+        )
+
+    def seconds(self, benchmark: str, method: Method) -> Rows:
+        """Returns the measured seconds of a method, a row for each recording."""
+        condition = self.recipe.condition(benchmark, method)
+        rows = read_journal(self.recipe.output / benchmark / SECONDS)
+        return [row for row in rows if (row["model"], row["compression"]) == (condition.model, condition.compression)]
+
+
+def mean_of(rows: Rows | None, metric: str) -> dict[str, float] | None:
+    """Returns the mean of a metric in its unit as `value`, with `low` and `high`; None where nothing is scored."""
+    rows = [row for row in rows or [] if row.get(metric) is not None and row.get("words") != 0]
+    if not rows:
+        return None
+    weights = [row["words"] for row in rows] if metric == "word_errors" else None
+    interval = mean_with_interval([row[metric] for row in rows], [row["recording"] for row in rows], weights)
+    return {name: value * METRICS[metric][1] for name, value in interval.items()}
+
+
+def cell(rows: Rows | None, metric: str, sign: str = "") -> str:
+    """Returns a mean and its 95 % interval for a table."""
+    interval = mean_of(rows, metric)
+    if interval is None:
+        return DASH
+    form = f"{sign}.{2 if METRICS[metric][1] == 1 else 1}f"
+    return f"{interval['value']:{form}} [{interval['low']:{form}}, {interval['high']:{form}}]"
+
+
+def difference(rows: Rows | None, others: Rows | None, metric: str) -> str:
+    """Returns by how much `rows` differ from `others` on the same questions, with its interval, for a table."""
+    scores = {row["row"]: row.get(metric) for row in others or []}
+    pairs = [(row, scores.get(row["row"])) for row in rows or []]
+    both = [row | {metric: row[metric] - other} for row, other in pairs if None not in (row.get(metric), other)]
+    return cell(both, metric, "+")

@@ -1,0 +1,203 @@
+"""The paper's comparisons: every condition is a command, and the page holds what the commands came to."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+
+from fastlongspeech import FastLongSpeechForConditionalGeneration, cli
+from fastlongspeech.evaluation import paper, paper_report, scoring
+from fastlongspeech.evaluation.answering import Answerer
+from fastlongspeech.evaluation.journal import read_journal
+from fastlongspeech.evaluation.paper_plots import binned
+from fastlongspeech.evaluation.paper_results import difference
+from fastlongspeech.evaluation.run import parse_arguments
+from fastlongspeech.train import dct
+
+RATE = 16000
+RECIPES = Path(paper.__file__).parent / "recipes"
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def recipe(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of the tiny model, without rivals, and noises of 31, 1 and 2 s."""
+    folder = tmp_path_factory.mktemp("paper")
+    rng = np.random.default_rng(0)
+    for number, seconds in enumerate((31, 1, 2)):
+        soundfile.write(folder / f"{number}.wav", 0.1 * rng.standard_normal(seconds * RATE), RATE)
+    fact = {"question": "What is it?", "answer": "noise", "kind": "thing", "time": 0.8}
+    voice = {"question": "Who speaks?", "answer": "man", "kind": "voice"}
+    long = [{"audio": f"{clip}.wav", **asked} for clip in (0, 1) for asked in (fact, voice)]
+    short = [{"audio": f"{clip}.wav", **fact} for clip in (1, 2)]
+    asr = [{"audio": f"{clip}.wav", "text": "the cat"} for clip in (1, 2)]
+    asked = {"max_new_tokens": 4}
+    content = {
+        "output": str(folder / "out"),
+        "page": str(folder / "results.md"),
+        "models": {name: str(checkpoint) for name in ("fastlongspeech", "stage1")}
+        | {name: str(folder / name) for name in paper.RIVALS},
+        "training": ["--model", str(checkpoint), "--train_data", write(folder / "train.jsonl", short), "--use_cpu"]
+        + ["--lora_r", "2", "--per_device_train_batch_size", "2", "--disable_tqdm", "true"],
+        "lengths": [750, 400, 12],
+        "benchmarks": {
+            "long": asked | {"title": "Noises", "long": True, "task": "qa", "data": write(folder / "l.jsonl", long)},
+            "qa": asked | {"task": "qa", "data": write(folder / "s.jsonl", short)},
+            "asr": asked | {"task": "asr", "data": write(folder / "a.jsonl", asr)},
+        },
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def quick(recipe: Path) -> Path:
+    """The folder of a quick run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "RESAMPLES", 20)
+        patch.setattr("fastlongspeech.evaluation.answering.TRANSCRIPT_TOKENS", 2)
+        paper.main([str(recipe), "--quick"])
+    return recipe.parent / "out" / "quick"
+
+
+def test_a_quick_run_makes_every_table_and_plot(quick):
+    page = (quick / "results.md").read_text()
+    assert "conditions are not there yet" not in page and "these figures mean nothing" in page
+    for name in ("lengths", "table 1", "table 2", "table 3", "table 4", "table 5", "table 7", "long"):
+        assert f"<!-- begin {name} " in page
+    assert "| FastLongSpeech | 3.55 | 0.0 [0.0, 0.0] |" in page  # of Table 1: the paper's score and ours
+    assert [path.name for path in sorted(quick.glob("*.svg"))] == ["results-lengths.svg", "results-long.svg"]
+    assert len(read_journal(quick / "long" / "seconds.jsonl")) == 4  # of two methods, two recordings
+
+
+def test_a_condition_is_repeated_by_its_command(recipe, quick, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scoring, "RESAMPLES", 20)
+    capsys.readouterr()
+    paper.main([str(recipe), "--quick", "--commands", "--models", "plain"])
+    commands = capsys.readouterr().out.splitlines()
+    assert all(f"--model {quick}/models/plain " in line for line in commands)
+    (line,) = [line for line in commands if "--compression random --target-length 12" in line and "--task qa" in line]
+    program, *words = line.split()
+    folder = Path(words[-1])
+    assert program == "fastlongspeech" and cli.main([*words[:-1], str(tmp_path)]) == 0
+    made, again = (json.loads((path / "summary.json").read_text()) for path in (folder, tmp_path))
+    assert made["scores"] == again["scores"]
+    assert read_journal(folder / "predictions.jsonl") == read_journal(tmp_path / "predictions.jsonl")
+
+
+def test_what_is_there_is_not_done_again(recipe, quick, monkeypatch):
+    monkeypatch.setattr(scoring, "RESAMPLES", 20)
+    for place, name in ((dct, "main"), (Answerer, "answer"), (paper, "score")):
+        monkeypatch.setattr(place, name, None)
+    page = (quick / "results.md").read_text()
+    plots = {path: path.read_bytes() for path in quick.glob("*.svg")}
+    paper.main([str(recipe), "--quick"])
+    assert (quick / "results.md").read_text() == page
+    assert plots == {path: path.read_bytes() for path in quick.glob("*.svg")}
+
+
+def test_the_page_can_be_written_before_anything_has_run(recipe):
+    paper.main([str(recipe), "--steps", "report"])
+    page = (recipe.parent / "results.md").read_text()
+    conditions = len(paper.Recipe.read(str(recipe)).conditions())
+    assert f"**{conditions} of {conditions} conditions are not there yet" in page
+    assert "| NTK-RoPE | 3.44 | 61.21 | 4.80 | – | – | – |" in page
+    with pytest.raises(ValueError, match="holds no model; train it with --steps train --models plain"):
+        paper.main([str(recipe), "--steps", "evaluate"])
+
+
+def test_text_outside_the_blocks_is_kept():
+    page = paper_report.insert_blocks("# Title\n\nBy hand.\n", {"a": "1", "b": "2"}, "page.md")
+    page = page.replace("<!-- end a -->", "<!-- end a -->\n\nBetween.")
+    again = paper_report.insert_blocks(page, {"a": "3", "b": "4"}, "page.md")
+    assert again == page.replace("\n1\n", "\n3\n").replace("\n2\n", "\n4\n")
+    assert again.startswith("# Title\n\nBy hand.\n\n<!-- begin a ") and "\n\nBetween.\n\n<!-- begin b " in again
+    with pytest.raises(ValueError, match="page.md has the line .* but not <!-- end b -->"):
+        paper_report.insert_blocks(again.replace("<!-- end b -->", ""), {"b": "5"}, "page.md")
+
+
+@pytest.mark.parametrize("name", ["paper-demo.yaml", "paper-qwen2-audio-7b.yaml"])
+def test_every_command_of_our_recipes_is_understood(name):
+    recipe = paper.Recipe.read(str(RECIPES / name))
+    conditions = recipe.conditions()
+    assert recipe.lengths == [750, 400, 200, 100, 50, 25, 12]
+    folders = {parse_arguments(recipe.command(condition)).output for condition in conditions}
+    assert len(folders) == len(conditions)
+
+
+def test_the_most_important_conditions_come_first_and_the_cascades_last():
+    conditions = paper.Recipe.read(str(RECIPES / "paper-demo.yaml")).conditions()
+    assert conditions[0] == ("long", "fastlongspeech", "iterative_fusion", 750)
+    first = [condition for condition in conditions if condition.model in ("fastlongspeech", "plain")]
+    assert conditions[: len(first) - 2] == first[:-2]
+    assert all("cascade" in condition.compression for condition in conditions[-4:])
+    assert ("qa", "plain", "none", None) in conditions  # L = 750
+    assert not any(condition.length == 750 for condition in conditions if condition.benchmark != "long")
+
+
+def test_a_recipe_that_lacks_something_is_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("output: out\n")
+    with pytest.raises(ValueError, match="must set benchmarks, lengths, models, output, page, training and nothing"):
+        paper.Recipe.read(str(path))
+    content = yaml.safe_load((RECIPES / "paper-demo.yaml").read_text())
+    del content["models"]["plain"]
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match="must name models fastlongspeech, stage1, plain"):
+        paper.Recipe.read(str(path))
+
+
+def test_frames_are_kept_for_models_with_the_same_encoder(recipe, checkpoint, tmp_path):
+    def load(folder: Path) -> Any:
+        words = ["--task", "qa", "--data", "x", "--output", "y", "--model", str(folder)]
+        return models.load(parse_arguments(words), "cpu")[0]
+
+    models = paper.Models()
+    model = load(checkpoint)
+    models.frames["a"] = "frames"
+    model.lm_head.weight.data += 1
+    model.save_pretrained(tmp_path / "language")
+    model.model.audio_tower.conv1.weight.data += 1
+    model.save_pretrained(tmp_path / "encoder")
+    processor = paper.load_model(
+        parse_arguments(["--task", "qa", "--data", "x", "--output", "y", "--model", str(checkpoint)]), "cpu"
+    )[1]
+    for name in ("language", "encoder"):
+        processor.save_pretrained(tmp_path / name)
+    assert load(tmp_path / "language") is load(tmp_path / "language")
+    assert models.frames == {"a": "frames"}
+    assert isinstance(load(tmp_path / "encoder"), FastLongSpeechForConditionalGeneration)
+    assert models.frames == {}
+
+
+def test_recordings_are_timed_over_all_durations(recipe):
+    rows = [{"row": number, "recording": str(number), "duration": number} for number in range(160)]
+    examples = [paper.Example(**row, question="?", answers=["x"], choices=[], notes={}) for row in rows]
+    chosen = paper.spread(paper.Benchmark("answer", examples, rows, 0), quick=False)
+    assert [example.duration for example in chosen] == list(range(5, 160, 10))
+
+
+def test_differences_are_taken_question_by_question():
+    def rows(scores: list[int]) -> list[dict[str, Any]]:
+        return [{"row": n, "recording": str(n), "exact_match": score} for n, score in enumerate(scores)]
+
+    ours = rows([1, 0, 1, 0])
+    assert difference(rows([0, 0, 0, 0]), ours, "exact_match").startswith("-50.0 [-100.0, ")
+    assert difference(rows([1, 0, 1, 0]), ours, "exact_match") == "+0.0 [+0.0, +0.0]"
+    assert difference(None, ours, "exact_match") == "–"
+
+
+def test_questions_are_sorted_by_duration_and_by_the_place_of_their_fact():
+    rows = [{"duration": 50.0, "time": 45.0}, {"duration": 60.5, "time": 0.0}, {"duration": 2000.0}]
+    assert [len(part) for part in binned(rows, "duration", (0, 60, 120, 1000))] == [1, 1, 1]
+    assert [len(part) for part in binned(rows, "place", (0, 0.5, 1))] == [1, 1]
+    assert binned(None, "place", (0, 1)) == [[]]
