@@ -30,12 +30,13 @@ import yaml
 from accelerate import PartialState
 from tqdm import tqdm
 
+from ..cli import find_device
 from ..compression_fastlongspeech import COMPRESSIONS
 from ..encoder_fastlongspeech import EncodedRecordings
 from .answering import Answerer
 from .benchmarks import Benchmark, Example, load_benchmark
 from .journal import Journal, read_journal
-from .run import DATA, SUMMARY, find_device, find_judge, load_model, parse_arguments, predict, score
+from .run import DATA, SUMMARY, find_judge, load_model, parse_arguments, predict, score
 
 STEPS = ("train", "evaluate", "time", "report")
 RIVALS = {"plain": "none", "average_pooling": "average_pooling", "most_similar": "most_similar"}  # trained through

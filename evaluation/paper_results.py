@@ -4,6 +4,8 @@ import json
 from collections import Counter
 from typing import Any
 
+from tqdm import tqdm
+
 from ..configuration_fastlongspeech import FastLongSpeechConfig
 from ..cost import ModelCost
 from .journal import read_journal
@@ -86,10 +88,10 @@ class Results:
         if not same:
             return None
         durations = Counter(max(1, round(row["duration"])) for row in same[0])
-        for duration in durations:
-            case = duration, target, compression
-            if case not in self._flops:
-                self._flops[case] = self.counter.recording(*case).total
+        cases = [(duration, target, compression) for duration in durations]
+        waiting = [case for case in cases if case not in self._flops]
+        for case in tqdm(waiting, desc="counting operations", leave=False, delay=1):
+            self._flops[case] = self.counter.recording(*case).total
         return sum(self._flops[duration, target, compression] * n for duration, n in durations.items()) / sum(
             durations.values()
         )

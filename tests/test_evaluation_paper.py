@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import yaml
 
-from fastlongspeech import FastLongSpeechForConditionalGeneration, cli
+from fastlongspeech import cli
 from fastlongspeech.evaluation import paper, paper_report, scoring
 from fastlongspeech.evaluation.answering import Answerer
 from fastlongspeech.evaluation.journal import read_journal
@@ -60,11 +60,17 @@ def recipe(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quick(recipe: Path) -> Path:
-    """The folder of a quick run."""
+def models() -> paper.Models:
+    return paper.Models()
+
+
+@pytest.fixture(scope="module")
+def quick(recipe: Path, models: paper.Models) -> Path:
+    """The folder of a quick run, by these models."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scoring, "RESAMPLES", 20)
         patch.setattr("fastlongspeech.evaluation.answering.TRANSCRIPT_TOKENS", 2)
+        patch.setattr(paper, "Models", lambda: models)
         paper.main([str(recipe), "--quick"])
     return recipe.parent / "out" / "quick"
 
@@ -77,6 +83,27 @@ def test_a_quick_run_makes_every_table_and_plot(quick):
     assert "| FastLongSpeech | 3.55 | 0.0 [0.0, 0.0] |" in page  # of Table 1: the paper's score and ours
     assert [path.name for path in sorted(quick.glob("*.svg"))] == ["results-lengths.svg", "results-long.svg"]
     assert len(read_journal(quick / "long" / "seconds.jsonl")) == 4  # of two methods, two recordings
+
+
+def test_all_models_hear_the_same_frames(quick, models):
+    assert [len(recording.frames) for _, recording in sorted(models.frames.items())] == [775, 25, 50]
+
+
+def test_rivals_are_trained_as_the_demo_model_but_for_their_compression(tmp_path, monkeypatch):
+    asked: list[list[str]] = []
+    monkeypatch.setattr(dct, "main", asked.append)
+    monkeypatch.chdir(tmp_path)  # where none is there
+    paper.main([str(RECIPES / "paper-demo.yaml"), "--steps", "train", "--models", "plain", "most_similar"])
+    monkeypatch.chdir(RECIPES.parents[1])
+    demo = dct.parse_settings(dct.DCTArguments, ["demo/dct.yaml"])
+    same = ("model", "train_data", "lora_r", "max_steps", "learning_rate", "per_device_train_batch_size", "seed")
+    for words, compression in zip(asked, ("none", "most_similar"), strict=True):
+        rival = dct.parse_settings(dct.DCTArguments, words)
+        for name in same:
+            assert [getattr(of, name) for of in rival if hasattr(of, name)] == [
+                getattr(of, name) for of in demo if hasattr(of, name)
+            ]
+        assert rival[0].compression == compression and rival[1].output_dir != demo[1].output_dir
 
 
 def test_a_condition_is_repeated_by_its_command(recipe, quick, tmp_path, capsys, monkeypatch):
@@ -156,30 +183,25 @@ def test_a_recipe_that_lacks_something_is_refused(tmp_path):
         paper.Recipe.read(str(path))
 
 
-def test_frames_are_kept_for_models_with_the_same_encoder(recipe, checkpoint, tmp_path):
+def test_frames_are_kept_for_models_with_the_same_encoder(checkpoint, tmp_path):
     def load(folder: Path) -> Any:
         words = ["--task", "qa", "--data", "x", "--output", "y", "--model", str(folder)]
-        return models.load(parse_arguments(words), "cpu")[0]
+        return models.load(parse_arguments(words), "cpu")
 
     models = paper.Models()
-    model = load(checkpoint)
+    model, processor = load(checkpoint)
     models.frames["a"] = "frames"
-    model.lm_head.weight.data += 1
-    model.save_pretrained(tmp_path / "language")
-    model.model.audio_tower.conv1.weight.data += 1
-    model.save_pretrained(tmp_path / "encoder")
-    processor = paper.load_model(
-        parse_arguments(["--task", "qa", "--data", "x", "--output", "y", "--model", str(checkpoint)]), "cpu"
-    )[1]
-    for name in ("language", "encoder"):
-        processor.save_pretrained(tmp_path / name)
-    assert load(tmp_path / "language") is load(tmp_path / "language")
+    for part, folder in ((model.lm_head, tmp_path / "text"), (model.model.audio_tower.conv1, tmp_path / "sound")):
+        part.weight.data += 1
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    assert load(tmp_path / "text")[0] is load(tmp_path / "text")[0] is not model
     assert models.frames == {"a": "frames"}
-    assert isinstance(load(tmp_path / "encoder"), FastLongSpeechForConditionalGeneration)
+    load(tmp_path / "sound")
     assert models.frames == {}
 
 
-def test_recordings_are_timed_over_all_durations(recipe):
+def test_recordings_are_timed_over_all_durations():
     rows = [{"row": number, "recording": str(number), "duration": number} for number in range(160)]
     examples = [paper.Example(**row, question="?", answers=["x"], choices=[], notes={}) for row in rows]
     chosen = paper.spread(paper.Benchmark("answer", examples, rows, 0), quick=False)
