@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import soundfile
 import yaml
 
 from fastlongspeech import cli
-from fastlongspeech.evaluation import paper, paper_report, scoring
+from fastlongspeech.evaluation import paper, paper_report, run, scoring
 from fastlongspeech.evaluation.answering import Answerer
 from fastlongspeech.evaluation.journal import read_journal
 from fastlongspeech.evaluation.paper_plots import binned
@@ -142,6 +143,23 @@ def test_the_page_can_be_written_before_anything_has_run(recipe):
         paper.main([str(recipe), "--steps", "evaluate"])
 
 
+def test_judged_answers_are_compared_by_the_judge_who_is_asked_once(recipe, tmp_path, monkeypatch):
+    content = yaml.safe_load(recipe.read_text())
+    content["benchmarks"] = {"long": content["benchmarks"]["long"] | {"judge": True}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content | {"output": str(tmp_path / "out")}))
+    judged = []
+    monkeypatch.setattr(run, "Chat", lambda *_: SimpleNamespace(model="strict"))
+    monkeypatch.setattr(run, "judge", lambda rows, *_: judged.append(len(rows)) or [2] * len(rows))
+    monkeypatch.setattr("fastlongspeech.evaluation.answering.TRANSCRIPT_TOKENS", 2)
+    for _ in range(2):
+        paper.main([str(path), "--quick", "--models", "fastlongspeech", "--steps", "evaluate", "report"])
+    assert judged == [4] * 5  # ours, two ablations, two cascades
+    page = (tmp_path / "out/quick/results.md").read_text()
+    assert "| method | paper: score, 1 to 5 | here: score, 1 to 5 |" in page
+    assert "| FastLongSpeech | 3.55 | 2.00 [2.00, 2.00] |" in page and "| Random | 2.54 | – |" in page
+
+
 def test_text_outside_the_blocks_is_kept():
     page = paper_report.insert_blocks("# Title\n\nBy hand.\n", {"a": "1", "b": "2"}, "page.md")
     page = page.replace("<!-- end a -->", "<!-- end a -->\n\nBetween.")
@@ -186,19 +204,19 @@ def test_a_recipe_that_lacks_something_is_refused(tmp_path):
 def test_frames_are_kept_for_models_with_the_same_encoder(checkpoint, tmp_path):
     def load(folder: Path) -> Any:
         words = ["--task", "qa", "--data", "x", "--output", "y", "--model", str(folder)]
-        return models.load(parse_arguments(words), "cpu")
+        return loader.load(parse_arguments(words), "cpu")
 
-    models = paper.Models()
+    loader = paper.Models()
     model, processor = load(checkpoint)
-    models.frames["a"] = "frames"
+    loader.frames["a"] = "frames"
     for part, folder in ((model.lm_head, tmp_path / "text"), (model.model.audio_tower.conv1, tmp_path / "sound")):
         part.weight.data += 1
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     assert load(tmp_path / "text")[0] is load(tmp_path / "text")[0] is not model
-    assert models.frames == {"a": "frames"}
+    assert loader.frames == {"a": "frames"}
     load(tmp_path / "sound")
-    assert models.frames == {}
+    assert loader.frames == {}
 
 
 def test_recordings_are_timed_over_all_durations():
