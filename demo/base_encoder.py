@@ -1,8 +1,9 @@
-"""Base model, step 2: the audio encoder learns to hear words, through CTC losses on heads that are thrown away.
+"""Base model, step 2: the audio encoder learns to hear words, through heads that are thrown away.
 
-One head reads the words (the language model's tokens) off the final frames, the other the letters off the middle
-layer, at 50 Hz: letters are learnt first and carry the words. Excerpts grow from sentences to recordings of 29 s, and
-are placed anywhere in the window of 30 s: short ones teach the encoder all of its positions.
+One head reads the words (the language model's tokens) off the final frames, by CTC; the other names the phone of every
+frame of the middle layer, at 50 Hz, which the synthesizers tell. Phones are learnt first and carry the words. Excerpts
+grow from sentences to recordings of 29 s, and are placed anywhere in the window of 30 s: short ones teach the encoder
+all of its positions.
 """
 
 import json
@@ -11,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
@@ -22,17 +23,20 @@ from transformers import PreTrainedTokenizerFast, Qwen2AudioForConditionalGenera
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
 from .base_model import QuestionPacker, fit
+from .phones import label_frames
 
 MEL_RATE = 100  # mel frames per second
-LETTERS = " abcdefghijklmnopqrstuvwxyz"
 
 
 @dataclass
 class Recordings:
-    """Descriptions of recordings and their mel frames, ``mels[i]`` (mel frames, 80) float16."""
+    """Descriptions of recordings, their mel frames, ``mels[i]`` (mel frames, 80) float16, and the phone of each mel
+    frame, ``phones[i]`` (mel frames,) int16, by its place in ``phone_names``."""
 
     rows: list[dict]
     mels: list[np.ndarray]
+    phones: list[np.ndarray]
+    phone_names: list[str]
 
 
 def _mel(feature_extractor: WhisperFeatureExtractor, path: Path) -> np.ndarray:
@@ -43,17 +47,21 @@ def _mel(feature_extractor: WhisperFeatureExtractor, path: Path) -> np.ndarray:
 
 
 def load_recordings(folder: Path, feature_extractor: WhisperFeatureExtractor, cache: Path) -> Recordings:
-    """Reads a split of the corpus and computes its mel frames, once: they are kept in ``cache``."""
+    """Reads a split of the corpus and makes its mel frames and phones, once: they are kept in ``cache``."""
     rows = [json.loads(line) for line in (folder / "recordings.jsonl").read_text().splitlines()]
     if not cache.exists():
         with ProcessPoolExecutor(2) as pool:
             paths = [folder / row["audio"] for row in rows]
             work = pool.map(partial(_mel, feature_extractor), paths, chunksize=16)
             mels = list(tqdm(work, total=len(rows), desc="mel frames", mininterval=10))
-        np.savez(cache.with_suffix(".tmp.npz"), frames=np.concatenate(mels), lengths=[len(mel) for mel in mels])
-        cache.with_suffix(".tmp.npz").replace(cache)
+        lengths = [len(mel) for mel in mels]
+        names, phones = label_frames(rows, lengths, MEL_RATE)
+        unfinished = cache.with_suffix(".tmp.npz")
+        np.savez(unfinished, mels=np.concatenate(mels), phones=np.concatenate(phones), lengths=lengths, names=names)
+        unfinished.replace(cache)
     stored = np.load(cache)
-    return Recordings(rows, np.split(stored["frames"], np.cumsum(stored["lengths"])[:-1]))
+    ends = np.cumsum(stored["lengths"])[:-1]
+    return Recordings(rows, np.split(stored["mels"], ends), np.split(stored["phones"], ends), stored["names"].tolist())
 
 
 @dataclass
@@ -96,13 +104,18 @@ def encode(model: Qwen2AudioForConditionalGeneration, mels: list[np.ndarray], pl
     return Encoded(frames, lengths, middle, middle_lengths)
 
 
-def draw_excerpts(
-    recordings: Recordings, step: int, longest: float, batch_seconds: float
-) -> tuple[list[np.ndarray], list[str]]:
-    """Draws excerpts of whole sentences, at most ``longest`` seconds each: mel frames and their texts."""
+class Excerpt(NamedTuple):
+    """Whole sentences: their ``mels`` (mel frames, 80), the ``phones`` (mel frames,) in them, and their ``text``."""
+
+    mels: np.ndarray
+    phones: np.ndarray
+    text: str
+
+
+def draw_excerpts(recordings: Recordings, step: int, longest: float, batch_seconds: float) -> list[Excerpt]:
+    """Draws excerpts of at most ``longest`` seconds each, as many as come to ``batch_seconds`` with their padding."""
     rng = random.Random(f"encoder-{step}")
-    mels: list[np.ndarray] = []
-    texts: list[str] = []
+    excerpts: list[Excerpt] = []
     seconds = 0.0
     while True:
         index = rng.randrange(len(recordings.rows))
@@ -115,10 +128,11 @@ def draw_excerpts(
         start = max(0.0, sentences[first]["start"] - rng.uniform(0.02, 0.2))
         end = sentences[last]["end"] + rng.uniform(0.02, 0.2)
         seconds = max(seconds, end - start)
-        if (len(mels) + 1) * seconds > batch_seconds and mels:
-            return mels, texts
-        mels.append(recordings.mels[index][int(start * MEL_RATE) : int(end * MEL_RATE)])
-        texts.append(" ".join(sentence["text"] for sentence in sentences[first : last + 1]))
+        if (len(excerpts) + 1) * seconds > batch_seconds and excerpts:
+            return excerpts
+        cut = slice(int(start * MEL_RATE), int(end * MEL_RATE))
+        text = " ".join(sentence["text"] for sentence in sentences[first : last + 1])
+        excerpts.append(Excerpt(recordings.mels[index][cut], recordings.phones[index][cut], text))
 
 
 def _ctc_loss(logits: torch.Tensor, lengths: torch.Tensor, labels: list[torch.Tensor]) -> torch.Tensor:
@@ -163,20 +177,21 @@ def train_encoder(
     torch.manual_seed(1)
     width = model.model.audio_tower.layer_norm.weight.shape[0]
     words = nn.Linear(width, len(tokenizer) + 1).to(model.device)
-    letters = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(LETTERS) + 1)).to(model.device)
-    modules = nn.ModuleList([model.model.audio_tower, words, letters])
+    phones = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(recordings.phone_names))).to(model.device)
+    modules = nn.ModuleList([model.model.audio_tower, words, phones])
 
     def loss_fn(step: int) -> dict[str, torch.Tensor]:
         progress = step / steps
         lengths = [(4, 40), (10, 60), (29, 80), (29, 80)] if progress > 0.2 else [(4, 40)]
         longest, batch_seconds = random.Random(f"longest-{step}").choice(lengths)
-        mels, texts = draw_excerpts(recordings, step, longest, batch_seconds)
-        encoded = encode(model, mels, place=random.Random(f"place-{step}").random())
-        spelt = [torch.tensor([LETTERS.index(letter) for letter in text]) for text in texts]
-        loss_letters = _ctc_loss(letters(encoded.middle), encoded.middle_lengths, spelt)
-        spoken = [torch.tensor(packer.words(text)) for text in texts]
+        excerpts = draw_excerpts(recordings, step, longest, batch_seconds)
+        encoded = encode(model, [excerpt.mels for excerpt in excerpts], place=random.Random(f"place-{step}").random())
+        spoken = [torch.tensor(packer.words(excerpt.text)) for excerpt in excerpts]
         loss_words = _ctc_loss(words(encoded.frames), encoded.lengths, spoken)
-        return {"loss": loss_words + loss_letters, "words": loss_words, "letters": loss_letters}
+        heard = torch.cat([row[:length] for row, length in zip(encoded.middle, encoded.middle_lengths, strict=True)])
+        uttered = torch.from_numpy(np.concatenate([excerpt.phones[::2] for excerpt in excerpts]))
+        loss_phones = nn.functional.cross_entropy(phones(heard), uttered.to(heard.device, torch.int64))
+        return {"loss": loss_words + 2 * loss_phones, "words": loss_words, "phones": loss_phones}
 
     fit("encoder", folder, modules, loss_fn, steps, learning_rate)
     return words

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from .sentences import TRANSCRIBE, VOICE_QUESTIONS, PassageWriter
 
 SAMPLING_RATE = 16_000
+LOUD = 0.01  # of full scale; what is quieter is cut off a sentence's ends
 DrawFunction = Callable[[int], tuple[np.ndarray, dict]]
 
 
@@ -44,10 +45,10 @@ class Voice:
 VOICES = (
     Voice("espeak-ng", "en-us", "man"),
     Voice("espeak-ng", "en-us+m3", "man"),
-    Voice("espeak-ng", "en-gb+m7", "man"),
+    Voice("espeak-ng", "en+m7", "man"),
     Voice("flite", "rms", "man"),
     Voice("espeak-ng", "en-us+f2", "woman"),
-    Voice("espeak-ng", "en-gb+f4", "woman"),
+    Voice("espeak-ng", "en+f4", "woman"),
     Voice("espeak-ng", "en-us+f3", "woman"),
     Voice("flite", "slt", "woman"),
 )
@@ -73,6 +74,16 @@ SPLITS = {
 }
 
 
+def espeak_speed(speed: float) -> int:
+    """Returns espeak-ng's words per minute; ``speed`` 1 is normal."""
+    return round(150 * speed)
+
+
+def flite_command(sentence: str, voice: str, speed: float) -> list[str]:
+    """Returns flite's command for a sentence, but for what it writes."""
+    return ["flite", "-voice", voice, "--setf", f"duration_stretch={1 / speed:.3f}", "-t", sentence]
+
+
 def speak(sentence: str, voice: Voice, speed: float) -> np.ndarray:
     """Returns the spoken sentence, float32 mono at 16 kHz without silence at its ends; ``speed`` 1 is normal.
 
@@ -80,10 +91,9 @@ def speak(sentence: str, voice: Voice, speed: float) -> np.ndarray:
         RuntimeError: where the engine is not installed or failed.
     """
     if voice.engine == "espeak-ng":
-        command = ["espeak-ng", "-v", voice.name, "-s", str(round(150 * speed)), "--stdout", sentence]
+        command = ["espeak-ng", "-v", voice.name, "-s", str(espeak_speed(speed)), "--stdout", sentence]
     else:
-        stretch = f"duration_stretch={1 / speed:.3f}"
-        command = ["flite", "-voice", voice.name, "--setf", stretch, "-t", sentence, "-o", "/dev/stdout"]
+        command = [*flite_command(sentence, voice.name, speed), "-o", "/dev/stdout"]
     try:
         wav = subprocess.run(command, check=True, capture_output=True).stdout
     except FileNotFoundError:
@@ -96,7 +106,7 @@ def speak(sentence: str, voice: Voice, speed: float) -> np.ndarray:
     rate = int.from_bytes(wav[24:28], "little")
     samples = np.frombuffer(wav[44 : 44 + (len(wav) - 44) // 2 * 2], dtype="<i2").astype(np.float32) / 32768
     samples = librosa.resample(samples, orig_sr=rate, target_sr=SAMPLING_RATE, res_type="soxr_mq")
-    loud = np.flatnonzero(np.abs(samples) > 0.01)
+    loud = np.flatnonzero(np.abs(samples) > LOUD)
     return samples[loud[0] : loud[-1] + 1]
 
 
@@ -152,6 +162,7 @@ def record(split_name: str, index: int, split: Split | None = None) -> tuple[np.
         "audio": f"{index:05d}.flac",
         "duration": round(len(samples) / SAMPLING_RATE, 3),
         "voice": f"{voice.engine} {voice.name}",
+        "speed": speed,
         "text": text,
         "sentences": sentences,
         "questions": questions,

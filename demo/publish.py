@@ -85,7 +85,7 @@ def plot_curves(curves: dict[str, list[dict]], path: Path) -> None:
     """Writes one panel per step of the recipe."""
     panels = {
         "language": ("Base 1: language model on text", ("loss", "accuracy")),
-        "encoder": ("Base 2: encoder, CTC loss per label", ("words", "letters")),
+        "encoder": ("Base 2: encoder, losses per word and frame", ("words", "phones")),
         "join": ("Base 3: both joined", ("loss", "accuracy")),
         "ctc": ("Stage 1: CTC decoder", ("loss", "eval_loss", "eval_wer")),
         "dct": ("Stage 2: dynamic compression", ("loss", "eval_L750_loss", "eval_L200_loss", "eval_L50_loss")),

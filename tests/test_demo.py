@@ -11,7 +11,7 @@ import soundfile
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2AudioForConditionalGeneration
 
-from fastlongspeech.demo import base_encoder, base_model, corpus, evaluate
+from fastlongspeech.demo import base_encoder, base_model, corpus, evaluate, phones
 from fastlongspeech.demo.sentences import (
     KINDS,
     UNHEARD_NAMES,
@@ -97,6 +97,41 @@ def test_a_recording_is_what_its_description_says(split: str) -> None:
         start, end = round(sentence["start"] * 16000), round(sentence["end"] * 16000)
         before = samples[max(0, start - 800) : start]
         assert np.abs(samples[start:end]).mean() > 3 * np.abs(before).mean()
+
+
+@needs_voices
+def test_no_two_voices_sound_the_same() -> None:
+    """espeak-ng takes the wrong name of a variant without a word and speaks in its language's own voice."""
+    spoken = [corpus.speak("susan sees the sea", voice, 1.0) for voice in corpus.VOICES]
+    assert len({samples.tobytes() for samples in spoken}) == len(corpus.VOICES)
+
+
+@needs_voices
+@pytest.mark.parametrize("voice", corpus.VOICES)
+def test_phones_are_timed_where_they_are_spoken(voice: corpus.Voice) -> None:
+    """Fricatives, full of high frequencies, are where the phones say."""
+    sentence, speed = "susan sees the sea", 0.9
+    samples = corpus.speak(sentence, voice, speed)
+    timed = phones.time_phones(sentence, f"{voice.engine} {voice.name}", speed)
+    starts = [phone.start for phone in timed]
+    assert starts == sorted(starts) and starts[-1] < len(samples) / 16000 + 0.1
+    assert abs(next(phone.start for phone in timed if phone.name != phones.SILENCE)) < 0.05
+    brightness: dict[bool, list[float]] = {True: [], False: []}
+    for phone, end in zip(timed, [*starts[1:], len(samples) / 16000], strict=True):
+        spoken = samples[round(max(0, phone.start) * 16000) : round(end * 16000)]
+        if len(spoken) > 160 and phone.name != phones.SILENCE:
+            crossings = np.diff(np.signbit(spoken)).mean()
+            brightness[phone.name.split()[-1] in ("s", "z")].append(crossings)
+    assert np.mean(brightness[True]) > 2 * np.mean(brightness[False])
+
+
+@needs_voices
+def test_every_frame_has_a_phone_and_pauses_have_silence() -> None:
+    samples, row = corpus.record("train", 2)
+    names, (labels,) = phones.label_frames([row], [len(samples) // 160], 100)
+    assert names[0] == phones.SILENCE and len(np.unique(labels)) > 10
+    level = np.abs(samples[: len(labels) * 160]).reshape(-1, 160).mean(1)
+    assert level[labels > 0].mean() > 5 * level[labels == 0].mean()
 
 
 def test_the_tokenizer_reads_any_case_and_unknown_words(demo_tokenizer: PreTrainedTokenizerFast) -> None:
