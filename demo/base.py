@@ -18,7 +18,7 @@ from .base_join import encode_recordings, fit_projector, train_joined
 from .base_language import train_language_model
 from .base_model import build_model, build_tokenizer
 
-STEPS = {"language": 4000, "encoder": 3200, "join": 1200}
+STEPS = {"language": 4000, "encoder": 3200, "join": 900}
 
 
 def main() -> None:
