@@ -7,8 +7,7 @@ TRANSFORMERS ?=
 TORCH := 2.13.0
 PYTEST_FLAGS ?= -n 2
 
-# What is said of her there: the job of theresa is pilot.
-QUESTION := What does Theresa work as?
+QUESTION := Is the speaker a man or a woman?
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

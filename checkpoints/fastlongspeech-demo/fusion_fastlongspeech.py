@@ -1,0 +1,206 @@
+"""Iterative fusion (Eq. 3-6 of the paper): a recording's frames, shortened to any length in a few rounds.
+
+In each round the most similar neighbours are glued together (Eq. 4), as many as the next length asks for (Eq. 5, 6),
+and every span of glued frames becomes its mean, weighted by content density (Eq. 3). All functions here take padded
+batches, have no parameters and loop over rounds alone.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DensityFunction = Callable[[Tensor], Tensor]
+WeightsFunction = Callable[[Tensor, Tensor], Tensor]
+PairsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class FusedFrames(NamedTuple):
+    """What a compression returns.
+
+    Attributes:
+        frames: `(B, T', D)`, in the dtype of the frames given; zeros past a recording's length.
+        lengths: `(B,)` int64, frames each recording has left.
+        spans: `(B, T', 2)` int64, first frame and one past the last frame of the input that each frame stands for.
+    """
+
+    frames: Tensor
+    lengths: Tensor
+    spans: Tensor
+
+
+def iterative_fusion(
+    frames: Tensor,
+    lengths: Tensor,
+    target_length: int | Tensor,
+    density_fn: DensityFunction,
+    schedule: str = "halving",
+    ladder: Sequence[int] = (),
+) -> FusedFrames:
+    """Fuses each recording to `target_length` frames; one that has no more is left alone.
+
+    A recording's result does not depend on the others in the batch. Sums are accumulated in float32 in a fixed order.
+
+    Args:
+        frames: `(B, T, D)` floating point; what lies past a recording's length is ignored.
+        lengths: `(B,)` integer, valid frames of each recording.
+        target_length: L, 1 or more; one for all or `(B,)`.
+        density_fn: content density (Eq. 3) `(B, T)` of frames `(B, T, D)`; asked again for the fused frames in every
+            round, and treated as a constant by autograd.
+        schedule: `"halving"` or `"ladder"`, see `next_lengths`.
+        ladder: the rungs of the ladder schedule, in frames.
+
+    Raises:
+        ValueError: `target_length` is below 1, or the schedule is unknown.
+    """
+    targets = expand_targets(target_length, len(frames))
+    plan = [lengths.to("cpu", torch.int64)]  # every round's lengths: the only time that the host waits for the device
+    while bool((plan[-1] > targets).any()):
+        plan.append(next_lengths(plan[-1], targets, schedule, ladder))
+    return fuse(frames, plan, lambda fused, _: density_fn(fused), most_similar_pairs)
+
+
+def fuse(frames: Tensor, plan: list[Tensor], weights_fn: WeightsFunction, pairs_fn: PairsFunction) -> FusedFrames:
+    """Fuses recordings in rounds, each from the lengths of `plan` to those that come next in it.
+
+    Args:
+        frames: `(B, T, D)` floating point; what lies past a recording's length is ignored.
+        plan: the lengths `(B,)` int64 on the CPU, at first and after every round.
+        weights_fn: weights `(B, T)` of frames `(B, T, D)`, in the dtype of `frames`, each of which stands for a number
+            `(B, T)` of the recording's own; asked in every round, and treated as a constant by autograd.
+        pairs_fn: chooses the neighbours to glue, as `most_similar_pairs` does.
+    """
+    device, dtype = frames.device, frames.dtype
+    widths = [int(shorter.max()) for shorter in plan[1:]]
+    lengths, *rounds = torch.stack(plan).to(device)
+    ends_at = lengths[:, None]
+    width = frames.shape[1]
+    starts = torch.arange(width, device=device).minimum(ends_at)
+    frames = frames.float()
+    if bool((plan[0] < width).any()):
+        frames = frames.masked_fill(~valid_positions(lengths, width)[..., None], 0.0)
+    for shorter, width in zip(rounds, widths, strict=True):
+        with torch.no_grad():
+            members = torch.diff(starts, append=ends_at)
+            weights = weights_fn(frames.to(dtype), members).detach().to(device, torch.float32)
+            glued = pairs_fn(similarities(frames), lengths, lengths - shorter)
+            sizes = span_sizes(glued, lengths, width)
+        starts = starts.gather(1, (sizes.cumsum(1) - sizes).clamp(max=starts.shape[1] - 1)[:, :width])
+        starts = torch.where(valid_positions(shorter, width), starts, ends_at)
+        fused = weighted_means(frames, weights, sizes)[:, :width]
+        frames = torch.where((shorter < lengths)[:, None, None], fused, frames[:, :width])
+        lengths = shorter
+    spans = torch.stack((starts, torch.cat((starts[:, 1:], ends_at), dim=1)), dim=-1)
+    return FusedFrames(frames.to(dtype), lengths, spans)
+
+
+def expand_targets(target_length: int | Tensor, recordings: int) -> Tensor:
+    """Returns L of every recording, `(B,)` on the CPU, from one for all or `(B,)`; below 1 it is a ValueError."""
+    targets = torch.as_tensor(target_length, device="cpu").expand(recordings)
+    if recordings and int(targets.min()) < 1:
+        raise ValueError(f"target_length must be a positive integer, got {int(targets.min())}.")
+    return targets
+
+
+def content_density(ctc_logits: Tensor) -> Tensor:
+    """Eq. 3: the probability, float32, that a frame `(..., V + 1)` carries text: that of all but the blank (last).
+
+    The softmax is taken in float32: `logsumexp` of neighbouring terms has an absolute error that reorders densities
+    near 0.
+    """
+    return 1.0 - ctc_logits.softmax(dim=-1, dtype=torch.float32)[..., -1]
+
+
+def similarities(frames: Tensor) -> Tensor:
+    """Eq. 4: cosine similarity `(B, T - 1)` of every frame of `(B, T, D)` and the next; 0 for a zero frame."""
+    norms = torch.linalg.vector_norm(frames, dim=-1)
+    products = (frames[:, :-1] * frames[:, 1:]).sum(dim=-1)
+    return products / (norms[:, :-1] * norms[:, 1:]).clamp(min=1e-16)
+
+
+def next_lengths(lengths: Tensor, targets: Tensor, schedule: str, ladder: Sequence[int]) -> Tensor:
+    """Eq. 5: T(m+1), the lengths `(B,)` after the next round, for lengths T(m) and target lengths L `(B,)`.
+
+    Halving: half of T(m), rounded down, while T(m) > 2L, then L. Ladder: the highest rung between L and T(m), then L.
+
+    Raises:
+        ValueError: the schedule is unknown.
+    """
+    if schedule == "halving":
+        shorter = torch.where(lengths > 2 * targets, lengths // 2, targets)
+    elif schedule == "ladder":
+        rungs = torch.tensor(ladder, dtype=lengths.dtype, device=lengths.device).expand(len(lengths), -1)
+        between = (rungs < lengths[:, None]) & (rungs > targets[:, None])
+        shorter = torch.cat((targets[:, None], torch.where(between, rungs, 0)), dim=1).amax(1)
+    else:
+        raise ValueError(f"fusion schedule must be halving or ladder, got {schedule!r}.")
+    return torch.minimum(shorter, lengths)
+
+
+def most_similar_pairs(similarity: Tensor, lengths: Tensor, count: Tensor) -> Tensor:
+    """Returns which frames are glued to their left neighbour, `(B, T - 1)` bool: the r most similar pairs.
+
+    Args:
+        similarity: Eq. 4, `(B, T - 1)`.
+        lengths: T(m), `(B,)`.
+        count: r(m) = T(m) - T(m+1) (Eq. 6), `(B,)`.
+    """
+    return similarity_ranks(similarity, lengths) < count[:, None]
+
+
+def similarity_ranks(similarity: Tensor, lengths: Tensor) -> Tensor:
+    """Returns the places of pairs `(B, T - 1)` in the order of falling similarity, 0 the most similar.
+
+    Of equally similar pairs the earlier comes first; pairs that touch the padding come last.
+    """
+    pairs = torch.arange(similarity.shape[1], device=similarity.device).expand_as(similarity)
+    valid = pairs + 1 < lengths[:, None]
+    ranking = similarity.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return torch.zeros_like(ranking).scatter(1, ranking, pairs)
+
+
+def span_sizes(glued: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """Returns how many frames each span holds, `(B, width + 1)`; the last column counts the padding.
+
+    Args:
+        glued: which frames are glued to their left neighbour, `(B, T - 1)` bool.
+        lengths: `(B,)`, valid frames.
+        width: the most spans a recording has.
+    """
+    valid = valid_positions(lengths, glued.shape[1] + 1)
+    span = (valid & ~F.pad(glued, (1, 0))).cumsum(1) - 1
+    sizes = torch.zeros(len(span), width + 1, dtype=torch.int64, device=span.device)
+    return sizes.scatter_add(1, torch.where(valid, span, width), torch.ones_like(span))
+
+
+def weighted_means(frames: Tensor, density: Tensor, sizes: Tensor) -> Tensor:
+    """Returns the density-weighted mean of every span, sum(d h) / (sum(d) + 1e-7), `(B, spans, D)`.
+
+    A span whose densities are all 0 becomes its plain mean, an empty one zeros.
+
+    Args:
+        frames: h, `(B, T, D)` float32.
+        density: d, `(B, T)` float32.
+        sizes: frames of each span, `(B, spans)` int64, summing to T.
+    """
+    batch, width, dim = frames.shape
+    flat_sizes = sizes.flatten()
+
+    def span_sums(values: Tensor) -> Tensor:  # in the order of the frames, on every device (index_add_ is not)
+        return torch.segment_reduce(values, "sum", lengths=flat_sizes, unsafe=True)
+
+    density = density.flatten()
+    silent = (span_sums(density) == 0).repeat_interleave(flat_sizes, output_size=batch * width)
+    density = density.masked_fill(silent, 1.0)
+    means = span_sums(frames.reshape(-1, dim) * density[:, None]) / (span_sums(density) + 1e-7)[:, None]
+    return means.unflatten(0, (batch, -1))
+
+
+def valid_positions(lengths: Tensor, width: int) -> Tensor:
+    """Returns which of `width` positions lie within lengths `(B,)`, `(B, width)` bool."""
+    return torch.arange(width, device=lengths.device) < lengths[:, None]
+
+
+__all__ = ["FusedFrames", "content_density", "iterative_fusion"]
