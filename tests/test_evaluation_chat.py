@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -256,7 +257,7 @@ def speaker(tmp_path: Path) -> str:
         "    file.setparams((1, 2, 16000, 0, 'NONE', None))\n"
         "    file.writeframes(random.Random(0).randbytes(3200 * words))\n"
     )
-    return f"python {script} {{text}} {{wav}}"
+    return f"{sys.executable} {script} {{text}} {{wav}}"
 
 
 def writer_and_checker(prompt: str) -> str | int:
