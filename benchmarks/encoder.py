@@ -14,8 +14,9 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
 from fastlongspeech.encoder_fastlongspeech import FastLongSpeechEncoder
+from fastlongspeech.markdown import table
 
-from .common import Benchmark, dtype_of, figure, load_config, number, parse, ratio, table, windows_of
+from .common import Benchmark, dtype_of, figure, load_config, number, parse, ratio, windows_of
 
 SECONDS = (1, 2, 5, 10, 20, 30)
 BATCHES = (1, 2, 4, 8, 16, 32)

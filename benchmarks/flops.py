@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from fastlongspeech import FastLongSpeechConfig
 from fastlongspeech.cost import QWEN2_AUDIO_7B, TEXT_TOKENS, ModelCost, mel_frames_of
+from fastlongspeech.markdown import table
 
-from .common import FRAMES_PER_SECOND, RESULTS, TINY, number, parse, table
+from .common import FRAMES_PER_SECOND, RESULTS, TINY, number, parse
 
 # Seconds, text tokens, the schedule of lengths, and TFLOPs by L (None: every frame).
 PAPER: dict[str, tuple[float, int, str, dict[int | None, float]]] = {

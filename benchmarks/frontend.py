@@ -16,8 +16,9 @@ import numpy as np
 import soundfile
 
 from fastlongspeech import load_recording
+from fastlongspeech.markdown import table
 
-from .common import Benchmark, figure, number, parse, ratio, table, tiny_processor
+from .common import Benchmark, figure, number, parse, ratio, tiny_processor
 
 SECONDS = (10, 60, 600, 3600)
 FORMATS = {"flac": (16_000, 1), "wav": (44_100, 2), "mp3": (44_100, 2)}  # hertz, channels

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from fastlongspeech import FastLongSpeechConfig
 from fastlongspeech.encoder_fastlongspeech import FastLongSpeechCTCDecoder, FastLongSpeechEncoder
 from fastlongspeech.fusion_fastlongspeech import content_density, iterative_fusion
+from fastlongspeech.markdown import table
 
-from .common import Benchmark, dtype_of, figure, load_config, number, parse, ratio, table
+from .common import Benchmark, dtype_of, figure, load_config, number, parse, ratio
 
 TARGET_LENGTH = 400
 FRAMES = (750, 1500, 3319, 9000, 22_500, 90_000, 900_000)

@@ -17,6 +17,7 @@ import torch
 from transformers import Qwen2AudioForConditionalGeneration
 
 from fastlongspeech.cost import TEXT_TOKENS, ModelCost
+from fastlongspeech.markdown import table
 
 from .common import (
     FRAMES_PER_SECOND,
@@ -26,7 +27,6 @@ from .common import (
     number,
     parse,
     ratio,
-    table,
     windows_of,
 )
 

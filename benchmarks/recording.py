@@ -15,8 +15,9 @@ from typing import Any
 from tqdm import tqdm
 
 from fastlongspeech import load_recording
+from fastlongspeech.markdown import table
 
-from .common import Benchmark, PeakMemory, load_config, load_model, number, parse, table, tiny_processor
+from .common import Benchmark, PeakMemory, load_config, load_model, number, parse, tiny_processor
 from .frontend import write_noise
 
 SECONDS = (60, 600, 3600, 36_000)

@@ -14,8 +14,10 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot  # noqa: E402  # after the choice of what it draws with
 
+from fastlongspeech.markdown import table  # noqa: E402
+
 from . import encoder, flops, frontend, fusion, prefill, recording, trials  # noqa: E402
-from .common import RESULTS, table  # noqa: E402
+from .common import RESULTS  # noqa: E402
 
 DOCS = Path(__file__).parents[1] / "docs"
 SECTIONS: dict[str, tuple[str, Any]] = {

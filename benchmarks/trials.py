@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlongspeech.encoder_fastlongspeech import FastLongSpeechEncoder
+from fastlongspeech.markdown import table
 
-from .common import Benchmark, dtype_of, figure, load_config, number, parse, ratio, table, tiny_processor, windows_of
+from .common import Benchmark, dtype_of, figure, load_config, number, parse, ratio, tiny_processor, windows_of
 
 AS_IS = "as it is"
 

@@ -3,13 +3,13 @@
 Only the blocks between its markers are written; all else on the page is kept.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from shlex import join
 from statistics import mean
 from textwrap import fill
-from typing import Any
 
 from ..cost import TEXT_TOKENS
+from ..markdown import table
 from .paper import (
     AT_LENGTHS,
     BASELINE,
@@ -112,12 +112,6 @@ def insert_blocks(text: str, blocks: dict[str, str], where: str) -> str:
             raise ValueError(f"{where} has the line {begin} but not {end}; put that behind the block's last line.")
         text = before + block + after
     return text
-
-
-def table(headings: Sequence[str], rows: Iterable[Sequence[Any]], words: int = 1) -> str:
-    """Returns a Markdown table whose first columns hold words, the others figures."""
-    lines = [headings, ["---"] * words + ["---:"] * (len(headings) - words), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def join_parts(parts: Iterable[str]) -> str:

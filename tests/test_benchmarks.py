@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastlongspeech.benchmarks import encoder, flops, frontend, fusion, prefill, recording, report, trials
-from fastlongspeech.benchmarks.common import Benchmark, PeakMemory, parse, ratio, table
+from fastlongspeech.benchmarks.common import Benchmark, PeakMemory, parse, ratio
+from fastlongspeech.markdown import table
 
 QUICK = [fusion, encoder, prefill, frontend, recording, trials, flops]
 
