@@ -143,9 +143,10 @@ class FastLongSpeechModel(Qwen2AudioModel):
         targets = self._targets(target_length, len(lengths))
         if compression != "none" and bool((lengths > targets).any()):
             first = lengths.cumsum(0) - lengths
-            position = first[:, None] + torch.arange(int(lengths.max()))
-            position = position.clamp(max=len(frames) - 1).to(frames.device)
-            batch = frames[None] if len(lengths) == 1 else frames[position]
+            batch = frames[None]
+            if len(lengths) > 1:
+                position = first[:, None] + torch.arange(int(lengths.max()))
+                batch = frames[position.clamp(max=len(frames) - 1).to(frames.device)]
             fused = COMPRESSIONS[compression](
                 batch, lengths, targets, self._density, self.config.fusion_schedule, self.config.fusion_ladder
             )

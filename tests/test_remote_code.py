@@ -172,3 +172,10 @@ def test_the_code_imports_nothing_an_inference_user_must_not_have():
         file = Path(__file__).parents[1] / name
         assert {module for module in get_imports(file) if module not in sys.stdlib_module_names} <= allowed, name
         assert {f"{module}.py" for module in get_relative_imports(file)} <= CODE, name
+
+
+def test_the_demo_checkpoint_carries_this_code():
+    root = Path(__file__).parents[1]
+    for name in CODE:
+        published = root / "checkpoints" / "fastlongspeech-demo" / name
+        assert published.read_bytes() == (root / name).read_bytes(), f"cp {name} {published.relative_to(root).parent}"

@@ -171,11 +171,6 @@ def _decode_with_ffmpeg(audio: Any, name: str, target_rate: int, error: Exceptio
         return _read(wav, target_rate)
 
 
-def cut_windows(samples: np.ndarray, size: int) -> list[np.ndarray]:
-    """Returns the windows of `size` samples that a recording `(n,)` is read in; the last one may be shorter."""
-    return [samples[start : start + size] for start in range(0, len(samples), size)]
-
-
 def count_frames(mel_frames: np.ndarray) -> np.ndarray:
     """Returns the 25 Hz frames the audio tower makes of windows with so many valid mel frames (0 of 2 or fewer)."""
     after_convolution = (mel_frames - 1) // 2 + 1
@@ -191,4 +186,4 @@ def list_recordings(audio: Any) -> list:
     return [audio]
 
 
-__all__ = ["FRAME_SECONDS", "count_frames", "cut_windows", "list_recordings", "load_recording"]
+__all__ = ["FRAME_SECONDS", "count_frames", "list_recordings", "load_recording"]

@@ -18,7 +18,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import AudioKwargs, ProcessorMixin, TextKwargs
 from transformers.utils import cached_file
 
-from .audio_fastlongspeech import count_frames, cut_windows, list_recordings, load_recording
+from .audio_fastlongspeech import count_frames, list_recordings, load_recording
 from .compression_fastlongspeech import check_compression
 
 CTC_MODEL_NAME = "ctc.model"
@@ -213,9 +213,9 @@ class FastLongSpeechProcessor(ProcessorMixin):
         windows, windows_per_audio = [], []
         for recording in recordings:
             samples = load_recording(recording, sampling_rate, extractor.sampling_rate)
-            of_recording = cut_windows(samples, extractor.n_samples)
-            windows += of_recording
-            windows_per_audio.append(len(of_recording))
+            starts = range(0, len(samples), extractor.n_samples)
+            windows += [samples[start : start + extractor.n_samples] for start in starts]
+            windows_per_audio.append(len(starts))
         features = np.empty((len(windows), extractor.feature_size, extractor.nb_max_frames), dtype=np.float32)
         masks = np.empty((len(windows), extractor.nb_max_frames), dtype=np.int64)
         for index, window in enumerate(windows):
