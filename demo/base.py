@@ -2,8 +2,8 @@
 
     python -m fastlongspeech.demo.base work/corpus work/base
 
-Three steps, each resumable: the language model on written passages, the audio encoder on speech (CTC), then both
-together. `work/base/model` is an ordinary Qwen2-Audio checkpoint with its processor, and knows nothing of fusion.
+Three steps, each resumable: the language model on written passages, the audio encoder on speech, then the language
+model on that. `work/base/model` is an ordinary Qwen2-Audio checkpoint with its processor, and knows nothing of fusion.
 """
 
 import argparse
@@ -14,11 +14,11 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen2AudioProcessor, WhisperFeatureExtractor
 
 from .base_encoder import load_recordings, train_encoder
-from .base_join import encode_recordings, fit_projector, train_joined
+from .base_join import encode_recordings, train_joined
 from .base_language import train_language_model
 from .base_model import build_model, build_tokenizer
 
-STEPS = {"language": 4000, "encoder": 3200, "join": 900}
+STEPS = {"language": 4000, "encoder": 4500, "join": 900}
 
 
 def main() -> None:
@@ -26,11 +26,6 @@ def main() -> None:
     parser.add_argument("corpus", type=Path, help="folder written by fastlongspeech.demo.corpus")
     parser.add_argument("output", type=Path, help="folder for checkpoints, logs and the finished model")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps, to try the recipe quickly")
-    parser.add_argument(
-        "--only",
-        choices=["tokenizer", "language", "encoder"],
-        help="do this step alone; after the tokenizer, language and encoder may run side by side",
-    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     steps = {name: max(2, round(count * arguments.scale)) for name, count in STEPS.items()}
@@ -40,21 +35,13 @@ def main() -> None:
     if not (folder / "tokenizer").exists():
         build_tokenizer().save_pretrained(folder / "tokenizer.tmp")
         (folder / "tokenizer.tmp").replace(folder / "tokenizer")
-    if arguments.only == "tokenizer":
-        return
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     model = build_model(tokenizer).to(arguments.device)
-    if arguments.only != "encoder":
-        train_language_model(model, tokenizer, folder, steps["language"])
-    if arguments.only == "language":
-        return
+    train_language_model(model, tokenizer, folder, steps["language"])
     feature_extractor = WhisperFeatureExtractor(feature_size=model.config.audio_config.num_mel_bins)
     recordings = load_recordings(arguments.corpus / "train", feature_extractor, folder / "train-mels.npz")
-    head = train_encoder(model, tokenizer, recordings, folder, steps["encoder"])
-    if arguments.only == "encoder":
-        return
+    train_encoder(model, tokenizer, recordings, folder, steps["encoder"])
     frames = encode_recordings(model, recordings, folder / "train-frames.pt")
-    fit_projector(model, head, frames)
     train_joined(model, tokenizer, recordings, frames, folder, steps["join"])
 
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())

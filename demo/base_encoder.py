@@ -1,12 +1,15 @@
-"""Base model, step 2: the audio encoder learns to hear words, through heads that are thrown away.
+"""Base model, step 2: the audio encoder learns to hear words, and the projector to say them to the language model.
 
-One head reads the words (the language model's tokens) off the final frames, by CTC; the other names the phone of every
-frame of the middle layer, at 50 Hz, which the synthesizers tell. Phones are learnt first and carry the words. Excerpts
-grow from sentences to recordings of 29 s, and are placed anywhere in the window of 30 s: short ones teach the encoder
-all of its positions.
+Three heads are thrown away afterwards: one reads the words (the language model's tokens) off the final frames, by CTC;
+one names the word that is being spoken at each; one names the phone of every frame of the middle layer, at 50 Hz.
+The synthesizers tell when they speak which phone. Phones are learnt first and carry the words. The projector learns to
+turn each frame into the language model's embedding of the word that CTC hears in it, blank being zero.
+Excerpts grow from sentences to recordings of 29 s, and are placed anywhere in the window of 30 s: short ones teach the
+encoder all of its positions.
 """
 
 import json
+import math
 import random
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -23,20 +26,23 @@ from transformers import PreTrainedTokenizerFast, Qwen2AudioForConditionalGenera
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
 from .base_model import QuestionPacker, fit
-from .phones import label_frames
+from .phones import FrameLabels, label_frames
 
 MEL_RATE = 100  # mel frames per second
+# How far each head of each layer looks at first, and how sharply; positions of 20 ms.
+LOOKS = (((-5, -2, 2, 5), 1.5), ((-9, -3, 3, 9), 2.5), ((-14, -5, 5, 14), 4.0), ((-24, -8, 8, 24), 7.0))
+PEAK = 10.0  # logit of a perfect match
 
 
 @dataclass
 class Recordings:
-    """Descriptions of recordings, their mel frames, ``mels[i]`` (mel frames, 80) float16, and the phone of each mel
-    frame, ``phones[i]`` (mel frames,) int16, by its place in ``phone_names``."""
+    """Descriptions of recordings, their mel frames, ``mels[i]`` (mel frames, 80) float16, and the phones and words of
+    these frames."""
 
     rows: list[dict]
     mels: list[np.ndarray]
-    phones: list[np.ndarray]
-    phone_names: list[str]
+    phones: FrameLabels
+    words: FrameLabels
 
 
 def _mel(feature_extractor: WhisperFeatureExtractor, path: Path) -> np.ndarray:
@@ -55,13 +61,24 @@ def load_recordings(folder: Path, feature_extractor: WhisperFeatureExtractor, ca
             work = pool.map(partial(_mel, feature_extractor), paths, chunksize=16)
             mels = list(tqdm(work, total=len(rows), desc="mel frames", mininterval=10))
         lengths = [len(mel) for mel in mels]
-        names, phones = label_frames(rows, lengths, MEL_RATE)
+        phones, words = label_frames(rows, lengths, MEL_RATE)
         unfinished = cache.with_suffix(".tmp.npz")
-        np.savez(unfinished, mels=np.concatenate(mels), phones=np.concatenate(phones), lengths=lengths, names=names)
+        np.savez(
+            unfinished,
+            mels=np.concatenate(mels),
+            lengths=lengths,
+            phones=np.concatenate(phones.labels),
+            phone_names=phones.names,
+            words=np.concatenate(words.labels),
+            word_names=words.names,
+        )
         unfinished.replace(cache)
     stored = np.load(cache)
     ends = np.cumsum(stored["lengths"])[:-1]
-    return Recordings(rows, np.split(stored["mels"], ends), np.split(stored["phones"], ends), stored["names"].tolist())
+    phones, words = (
+        FrameLabels(stored[f"{name}_names"].tolist(), np.split(stored[f"{name}s"], ends)) for name in ("phone", "word")
+    )
+    return Recordings(rows, np.split(stored["mels"], ends), phones, words)
 
 
 @dataclass
@@ -105,10 +122,12 @@ def encode(model: Qwen2AudioForConditionalGeneration, mels: list[np.ndarray], pl
 
 
 class Excerpt(NamedTuple):
-    """Whole sentences: their ``mels`` (mel frames, 80), the ``phones`` (mel frames,) in them, and their ``text``."""
+    """Whole sentences: their ``mels`` (mel frames, 80), the ``phones`` and ``words`` (mel frames,) in them, and their
+    ``text``."""
 
     mels: np.ndarray
     phones: np.ndarray
+    words: np.ndarray
     text: str
 
 
@@ -132,7 +151,8 @@ def draw_excerpts(recordings: Recordings, step: int, longest: float, batch_secon
             return excerpts
         cut = slice(int(start * MEL_RATE), int(end * MEL_RATE))
         text = " ".join(sentence["text"] for sentence in sentences[first : last + 1])
-        excerpts.append(Excerpt(recordings.mels[index][cut], recordings.phones[index][cut], text))
+        phones, words = recordings.phones.labels[index][cut], recordings.words.labels[index][cut]
+        excerpts.append(Excerpt(recordings.mels[index][cut], phones, words, text))
 
 
 def _ctc_loss(logits: torch.Tensor, lengths: torch.Tensor, labels: list[torch.Tensor]) -> torch.Tensor:
@@ -151,16 +171,30 @@ def _ctc_loss(logits: torch.Tensor, lengths: torch.Tensor, labels: list[torch.Te
 
 
 def look_around(audio_tower: Qwen2AudioEncoder) -> None:
-    """Sets initial weights with which a position begins by attending to those around it.
+    """Sets initial weights with which every head begins by attending to positions at a distance of its own.
 
-    Queries and keys share their weights, so that likeness counts, and that of two sinusoidal positions falls with
-    their distance (Trockman and Kolter, arXiv 2305.09828). Else words are heard where others of the window are spoken.
+    So the encoder begins as a time-delay network does, and learns what to hear there. A position t is a vector of
+    sines and cosines, that of t + d the same rotated by angles that depend on d alone: keys whose weights are those of
+    the queries, turned back by them, match where the key lies d later. The queries weigh frequencies so that the match
+    fades with the error e as exp(-e^2 / 2 width^2). That queries and keys begin alike is of Trockman and Kolter (arXiv
+    2305.09828); with stock weights, words are heard where others of the window are spoken.
     """
+    layers: Any = audio_tower.layers
+    width = audio_tower.embed_positions.weight.shape[1]
+    half = width // 2
+    frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half))
     with torch.no_grad():
-        layers: Any = audio_tower.layers
-        for layer in layers:
-            layer.self_attn.q_proj.weight.normal_(0, 0.08)
-            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+        for layer, (distances, spread) in zip(layers, LOOKS, strict=True):
+            attention = layer.self_attn
+            power = (frequencies * torch.exp(-((frequencies * spread) ** 2) / 2)).repeat(2)
+            power = power / power.sum() * 4 * PEAK * attention.head_dim**0.5
+            for head, distance in enumerate(distances):
+                rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+                queries = torch.randn(attention.head_dim, width) * (power / attention.head_dim).sqrt()
+                sine, cosine = torch.sin(frequencies * distance).diag(), torch.cos(frequencies * distance).diag()
+                back = torch.cat((torch.cat((cosine, -sine), dim=1), torch.cat((sine, cosine), dim=1)))
+                attention.q_proj.weight[rows] = queries
+                attention.k_proj.weight[rows] = queries @ back
 
 
 def train_encoder(
@@ -169,16 +203,19 @@ def train_encoder(
     recordings: Recordings,
     folder: Path,
     steps: int,
-    learning_rate: float = 1e-3,
-) -> nn.Linear:
-    """Trains ``model``'s audio tower in place and returns the words' head, Linear(width, vocabulary + 1)."""
-    look_around(model.model.audio_tower)
+    learning_rate: float = 1.5e-3,
+) -> None:
+    """Trains ``model``'s audio tower and projector in place; its language model is trained already."""
+    tower, projector = model.model.audio_tower, model.model.multi_modal_projector
+    look_around(tower)
     packer = QuestionPacker(tokenizer)
     torch.manual_seed(1)
-    width = model.model.audio_tower.layer_norm.weight.shape[0]
-    words = nn.Linear(width, len(tokenizer) + 1).to(model.device)
-    phones = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(recordings.phone_names))).to(model.device)
-    modules = nn.ModuleList([model.model.audio_tower, words, phones])
+    width, blank = tower.layer_norm.weight.shape[0], len(tokenizer)
+    words, spoken = (nn.Linear(width, blank + 1).to(model.device) for _ in range(2))
+    phones = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(recordings.phones.names))).to(model.device)
+    modules = nn.ModuleList([tower, projector, words, spoken, phones])
+    embeddings = model.model.language_model.embed_tokens.weight.detach()
+    last_token = np.array([blank, *(packer.words(word)[-1] for word in recordings.words.names[1:])])
 
     def loss_fn(step: int) -> dict[str, torch.Tensor]:
         progress = step / steps
@@ -186,12 +223,31 @@ def train_encoder(
         longest, batch_seconds = random.Random(f"longest-{step}").choice(lengths)
         excerpts = draw_excerpts(recordings, step, longest, batch_seconds)
         encoded = encode(model, [excerpt.mels for excerpt in excerpts], place=random.Random(f"place-{step}").random())
-        spoken = [torch.tensor(packer.words(excerpt.text)) for excerpt in excerpts]
-        loss_words = _ctc_loss(words(encoded.frames), encoded.lengths, spoken)
-        heard = torch.cat([row[:length] for row, length in zip(encoded.middle, encoded.middle_lengths, strict=True)])
-        uttered = torch.from_numpy(np.concatenate([excerpt.phones[::2] for excerpt in excerpts]))
-        loss_phones = nn.functional.cross_entropy(phones(heard), uttered.to(heard.device, torch.int64))
-        return {"loss": loss_words + 2 * loss_phones, "words": loss_words, "phones": loss_phones}
+        tokens = [torch.tensor(packer.words(excerpt.text)) for excerpt in excerpts]
+        logits = words(encoded.frames)
+        loss_words = _ctc_loss(logits, encoded.lengths, tokens)
 
-    fit("encoder", folder, modules, loss_fn, steps, learning_rate)
-    return words
+        frames, heard, logits = (
+            torch.cat([row[:count] for row, count in zip(rows, counts, strict=True)])
+            for rows, counts in (
+                (encoded.frames, encoded.lengths),
+                (encoded.middle, encoded.middle_lengths),
+                (logits, encoded.lengths),
+            )
+        )
+        phone = np.concatenate([excerpt.phones[::2] for excerpt in excerpts])
+        loss_phones = nn.functional.cross_entropy(phones(heard), torch.from_numpy(phone).to(heard.device, torch.int64))
+        word = np.concatenate([last_token[excerpt.words[2::4]] for excerpt in excerpts])
+        loss_spoken = nn.functional.cross_entropy(spoken(frames), torch.from_numpy(word).to(frames.device))
+        said = logits.detach().softmax(-1)[:, :-1] @ embeddings
+        error = (projector(frames) - said).square().sum()
+        loss_said = error / embeddings[torch.cat(tokens).to(frames.device)].square().sum()
+        return {
+            "loss": loss_words + 2 * loss_phones + 2 * loss_spoken + loss_said,
+            "words": loss_words,
+            "phones": loss_phones,
+            "spoken": loss_spoken,
+            "said": loss_said,
+        }
+
+    fit("encoder", folder, modules, loss_fn, steps, learning_rate, warmup=60)

@@ -1,7 +1,7 @@
 """Base model, step 3: the language model learns to listen; encoder frozen, projector and language model trained.
 
-The projector starts as the linear map that best turns the encoder's frames into the embeddings of the words the CTC
-head hears in them (ridge regression), so that the language model begins with something close to the text it knows.
+The projector already says words in the language model's own embeddings, with blanks between them. Written passages go
+on in between, so that long ones are not forgotten.
 """
 
 import random
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2AudioForConditionalGeneration
 
 from .base_encoder import Recordings, encode
+from .base_language import passage_loss
 from .base_model import QuestionPacker, answer_loss, fit
 from .sentences import TRANSCRIBE
 
@@ -37,26 +38,6 @@ def encode_recordings(
     return frames
 
 
-@torch.no_grad()
-def fit_projector(model: Qwen2AudioForConditionalGeneration, head: nn.Linear, frames: list[torch.Tensor]) -> None:
-    """Sets the multimodal projector by ridge regression from frames to expected word embeddings, blank being zero."""
-    embedding = model.model.language_model.embed_tokens.weight
-    width = embedding.shape[1]
-    gram, moment = embedding.new_zeros(width + 1, width + 1), embedding.new_zeros(width + 1, width)
-    for rows in frames:
-        rows = rows.to(embedding)
-        target = head(rows).softmax(-1)[:, :-1] @ embedding
-        inputs = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        gram += inputs.T @ inputs
-        moment += inputs.T @ target
-    weights = torch.linalg.solve(
-        gram + gram.diagonal().mean() * 1e-4 * torch.eye(width + 1, device=gram.device), moment
-    )
-    projector = model.model.multi_modal_projector.linear
-    projector.weight.copy_(weights[:-1].T)
-    projector.bias.copy_(weights[-1])
-
-
 def train_joined(
     model: Qwen2AudioForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
@@ -73,6 +54,8 @@ def train_joined(
 
     def loss_fn(step: int) -> dict[str, torch.Tensor]:
         rng = random.Random(f"join-{step}")
+        if rng.random() < 0.25:
+            return passage_loss(model, packer, rng, progress=1)
         start = rng.randrange(max(1, len(order) - batch_size + 1))
         chosen = order[start : start + batch_size]  # about equally long, so little padding
         questions = []
@@ -87,4 +70,4 @@ def train_joined(
         loss, accuracy = answer_loss(model, batch, projector(torch.cat(audio).to(model.device).float()))
         return {"loss": loss, "accuracy": accuracy}
 
-    fit("join", folder, nn.ModuleList([projector, language_model, model.lm_head]), loss_fn, steps, 6e-4)
+    fit("join", folder, nn.ModuleList([projector, language_model, model.lm_head]), loss_fn, steps, 3e-4)

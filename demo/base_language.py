@@ -54,54 +54,61 @@ def train_language_model(
     ease_recall(model.model.language_model)
     packer = QuestionPacker(tokenizer)
     language_model = torch.nn.ModuleList([model.model.language_model, model.lm_head])
-    embedding = model.model.language_model.embed_tokens
 
     def loss_fn(step: int) -> dict[str, torch.Tensor]:
-        rng, progress = random.Random(f"language-{step}"), step / steps
-        sentences, spread = rng.randint(1, 4) if progress < 0.19 else rng.randint(2, 6), 1.0
-        if progress > 0.375:
-            sentences = rng.randint(10, 80) if rng.random() < 0.15 else rng.randint(2, 10)
-            spread = rng.uniform(1, max(1.0, min(12, 80 / sentences)))
-        positions = 8 * sentences * spread + 11 * min(8, 2 * sentences) + 30  # of one passage, about
-        noise = embedding.weight.detach().std() * rng.uniform(0, 0.5) if progress > 0.375 else None
-
-        lengths, embeds, questions = [], [], []
-        for _ in range(max(2, round(2000 / positions))):
-            tokens, pairs = draw(rng, sentences, min(1, 2 * rng.random()) if progress < 0.26 else 0.0)
-            length = round(len(tokens) * spread)
-            places = torch.randperm(length)[: len(tokens)].sort().values.to(model.device)
-            audio = embedding.weight.new_zeros(length, embedding.weight.shape[1])
-            if noise is not None:
-                audio = torch.randn(audio.shape).to(model.device) * noise
-            embeds.append(audio.index_add(0, places, embedding(torch.tensor(tokens, device=model.device))))
-            lengths.append(length)
-            questions.append(pairs)
-        loss, accuracy = answer_loss(model, packer.pack(lengths, questions), torch.cat(embeds))
-        return {"loss": loss, "accuracy": accuracy}
-
-    def draw(rng: random.Random, sentences: int, terse: float) -> tuple[list[int], list[tuple[str, str]]]:
-        """Draws a passage and its questions: its tokens, and pairs of question and answer.
-
-        ``terse`` is the share of the words left out that are neither subject nor value.
-        """
-        kinds = rng.randint(1, 3) if sentences <= 10 else rng.randint(3, 8)
-        if sentences <= 6 and rng.random() < 0.7:
-            kinds = 1
-        writer = PassageWriter(rng, False, 0.9 if sentences <= 6 else rng.uniform(0.5, 0.8), kinds)
-        stated, texts = [], []
-        for _ in range(sentences):
-            said = writer.add_sentence()
-            if fact := writer.passage.facts[-1]:
-                kept = f"{fact.subject} {fact.value}".split()
-                said = " ".join(word for word in said.split() if word in kept or rng.random() >= terse)
-                stated.append((said, fact))
-            texts.append(said)
-        text = " ".join(texts)
-        asked = rng.sample(stated, min(8, len(stated)))
-        pairs = [(question, fact.value) for _, fact in asked for question in fact.questions()][:8]
-        pairs += [(REPEAT.format(s=fact.subject), said) for said, fact in asked[:1]]
-        if sentences == 1 or not pairs or (sentences <= 10 and rng.random() < 0.2):
-            pairs.append((TRANSCRIBE, text))
-        return packer.words(text), pairs
+        return passage_loss(model, packer, random.Random(f"language-{step}"), step / steps)
 
     fit("language", folder, language_model, loss_fn, steps, learning_rate)
+
+
+def passage_loss(
+    model: Qwen2AudioForConditionalGeneration, packer: QuestionPacker, rng: random.Random, progress: float
+) -> dict[str, torch.Tensor]:
+    """Returns the loss and the accuracy on newly written passages, as hard as they are at ``progress`` (0 to 1)."""
+    sentences, spread = rng.randint(1, 4) if progress < 0.19 else rng.randint(2, 6), 1.0
+    if progress > 0.375:
+        sentences = rng.randint(10, 80) if rng.random() < 0.15 else rng.randint(2, 10)
+        spread = rng.uniform(1, max(1.0, min(12, 80 / sentences)))
+    positions = 8 * sentences * spread + 11 * min(8, 2 * sentences) + 30  # of one passage, about
+    embedding = model.model.language_model.embed_tokens
+    noise = embedding.weight.detach().std() * rng.uniform(0, 0.5) if progress > 0.375 else None
+
+    lengths, embeds, questions = [], [], []
+    for _ in range(max(2, round(2000 / positions))):
+        terse = min(1, 2 * rng.random()) if progress < 0.26 else 0.0
+        text, pairs = _write(rng, sentences, terse)
+        tokens = packer.words(text)
+        length = round(len(tokens) * spread)
+        places = torch.randperm(length)[: len(tokens)].sort().values.to(model.device)
+        audio = embedding.weight.new_zeros(length, embedding.weight.shape[1])
+        if noise is not None:
+            audio = torch.randn(audio.shape).to(model.device) * noise
+        embeds.append(audio.index_add(0, places, embedding(torch.tensor(tokens, device=model.device))))
+        lengths.append(length)
+        questions.append(pairs)
+    loss, accuracy = answer_loss(model, packer.pack(lengths, questions), torch.cat(embeds))
+    return {"loss": loss, "accuracy": accuracy}
+
+
+def _write(rng: random.Random, sentences: int, terse: float) -> tuple[str, list[tuple[str, str]]]:
+    """Returns a passage and pairs of question and answer; ``terse`` is the share left out of the words that are
+    neither subject nor value."""
+    kinds = rng.randint(1, 3) if sentences <= 10 else rng.randint(3, 8)
+    if sentences <= 6 and rng.random() < 0.7:
+        kinds = 1
+    writer = PassageWriter(rng, False, 0.9 if sentences <= 6 else rng.uniform(0.5, 0.8), kinds)
+    stated, texts = [], []
+    for _ in range(sentences):
+        said = writer.add_sentence()
+        if fact := writer.passage.facts[-1]:
+            kept = f"{fact.subject} {fact.value}".split()
+            said = " ".join(word for word in said.split() if word in kept or rng.random() >= terse)
+            stated.append((said, fact))
+        texts.append(said)
+    text = " ".join(texts)
+    asked = rng.sample(stated, min(8, len(stated)))
+    pairs = [(question, fact.value) for _, fact in asked for question in fact.questions()][:8]
+    pairs += [(REPEAT.format(s=fact.subject), said) for said, fact in asked[:1]]
+    if sentences == 1 or not pairs or (sentences <= 10 and rng.random() < 0.2):
+        pairs.append((TRANSCRIBE, text))
+    return text, pairs

@@ -192,6 +192,7 @@ def fit(
     loss_fn: Callable[[int], dict[str, torch.Tensor]],
     steps: int,
     learning_rate: float,
+    warmup: int = 200,
     save_every: int = 100,
 ) -> None:
     """Trains ``modules`` with AdamW and a cosine schedule; resumes from, and logs to, ``folder``.
@@ -201,7 +202,7 @@ def fit(
     """
     parameters = [p for p in modules.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10), steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(warmup, steps // 10), steps)
     checkpoint, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
     start = 0
     if checkpoint.exists():

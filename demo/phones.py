@@ -1,4 +1,4 @@
-"""When the synthesizers speak which phone: what the demo's encoder learns to hear first.
+"""When the synthesizers speak which phone and word: what the demo's encoder learns to hear first.
 
 espeak-ng tells through its library, flite on its standard output. Both are asked for a sentence again and time its
 phones from the first loud sample on, which is where `speak` in `corpus.py` begins.
@@ -19,14 +19,33 @@ from tqdm import tqdm
 from .corpus import LOUD, espeak_speed, flite_command
 
 SILENCE = "_"
+# What sounds alike gets one name, espeak-ng's, so that its voices and flite's teach each other.
+ESPEAK = {
+    "@2": "@",
+    "@-": "@",
+    "a#": "@",
+    "3": "3:",
+    "I2": "I",
+    "I#": "I",
+    "i": "i:",
+    "aa": "a",
+    "O2": "O:",
+    "r-": "r",
+}
+ESPEAK |= {"t#": "t", "t2": "t", "aI@": "aI", "aI3": "aI", "A:": "0"}
+FLITE = {"aa": "0", "ae": "a", "ah": "V", "ao": "O:", "aw": "aU", "ax": "@", "ay": "aI", "ch": "tS", "dh": "D"}
+FLITE |= {"eh": "E", "er": "3:", "ey": "eI", "hh": "h", "ih": "I", "iy": "i:", "jh": "dZ", "ng": "N", "ow": "oU"}
+FLITE |= {"oy": "OI", "pau": SILENCE, "sh": "S", "th": "T", "uh": "U", "uw": "u:", "y": "j", "zh": "Z"}
 # espeak-ng's speak_lib.h
 SYNCHRONOUS, PHONEME_EVENTS, RATE, UTF8, PHONEME = 2, 1, 1, 1, 7
 
 
 class Phone(NamedTuple):
-    """A phone by its engine's name, and where it begins: seconds from the sentence's first loud sample."""
+    """A phone by espeak-ng's name for it, the word it is part of ("" in silence), and where it begins: seconds from
+    the sentence's first loud sample."""
 
     name: str
+    word: str
     start: float
 
 
@@ -70,7 +89,7 @@ class _Espeak:
             number += 1
         return 0
 
-    def speak(self, sentence: str, voice: str, speed: float) -> list[Phone]:
+    def speak(self, sentence: str, voice: str, speed: float) -> list[tuple[str, float]]:
         self.samples, self.phones = [], []
         text = sentence.encode()
         self.library.espeak_SetVoiceByName(voice.encode())
@@ -78,7 +97,7 @@ class _Espeak:
         self.library.espeak_Synth(text, len(text) + 1, 0, 0, 0, UTF8, None, None)
         first = _first_loud(np.concatenate(self.samples) / 32768)
         return [
-            Phone(SILENCE if name.startswith(SILENCE) else name, (sample - first) / self.rate)
+            (SILENCE if name.startswith(SILENCE) else ESPEAK.get(name, name), (sample - first) / self.rate)
             for name, sample in self.phones
         ]
 
@@ -86,7 +105,7 @@ class _Espeak:
 _espeak = cache(_Espeak)
 
 
-def _flite(sentence: str, voice: str, speed: float) -> list[Phone]:
+def _flite(sentence: str, voice: str, speed: float) -> list[tuple[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         wav = Path(folder, "spoken.wav")
         command = [*flite_command(sentence, voice, speed), "-psdur", "-o", str(wav)]
@@ -95,35 +114,62 @@ def _flite(sentence: str, voice: str, speed: float) -> list[Phone]:
     names, ends = zip(*(phone.split(":") for phone in printed.split()), strict=True)
     starts = [0.0, *map(float, ends[:-1])]
     first = _first_loud(samples) / rate
-    return [
-        Phone(SILENCE if name == "pau" else f"flite {name}", start - first)
-        for name, start in zip(names, starts, strict=True)
-    ]
+    return [(FLITE.get(name, name), start - first) for name, start in zip(names, starts, strict=True)]
 
 
 def _first_loud(samples: np.ndarray) -> int:
     return int(np.flatnonzero(np.abs(samples) > LOUD)[0])
 
 
-def time_phones(sentence: str, voice: str, speed: float) -> list[Phone]:
-    """Returns the phones of a sentence as `speak` in `corpus.py` speaks it; ``voice`` is engine and name."""
+def _ask(sentence: str, voice: str, speed: float) -> list[tuple[str, float]]:
     engine, name = voice.split(" ", 1)
     return _espeak().speak(sentence, name, speed) if engine == "espeak-ng" else _flite(sentence, name, speed)
 
 
-def _phones_of(row: dict) -> list[tuple[str, float]]:
-    """Returns the phones of a recording and where each begins, in seconds of the recording."""
+@cache
+def _count_phones(word: str, voice: str) -> int:
+    return sum(name != SILENCE for name, _ in _ask(word, voice, 1.0))
+
+
+def time_phones(sentence: str, voice: str, speed: float) -> list[Phone]:
+    """Returns the phones of a sentence as `speak` in `corpus.py` speaks it; ``voice`` is engine and name.
+
+    A word takes as many phones as when it is spoken alone; where these do not come to the sentence's, as near to that
+    as can be.
+    """
+    phones = _ask(sentence, voice, speed)
+    words = sentence.split()
+    ends = np.cumsum([_count_phones(word, voice) for word in words])
+    ends = ends * sum(name != SILENCE for name, _ in phones) / ends[-1]
+    spoken, timed = 0, []
+    for name, start in phones:
+        silent = name == SILENCE
+        timed.append(Phone(name, "" if silent else words[int(np.searchsorted(ends, spoken + 0.5))], start))
+        spoken += not silent
+    return timed
+
+
+def _phones_of(row: dict) -> list[Phone]:
+    """Returns the phones of a recording, each with where it begins in seconds of the recording."""
     found = []
     for sentence in row["sentences"]:
-        for name, start in time_phones(sentence["text"], row["voice"], row["speed"]):
-            if sentence["start"] + start < sentence["end"]:
-                found.append((name, sentence["start"] + max(0.0, start)))
-        found.append((SILENCE, sentence["end"]))
+        for phone in time_phones(sentence["text"], row["voice"], row["speed"]):
+            if sentence["start"] + phone.start < sentence["end"]:
+                found.append(phone._replace(start=sentence["start"] + max(0.0, phone.start)))
+        found.append(Phone(SILENCE, "", sentence["end"]))
     return found
 
 
-def label_frames(rows: list[dict], lengths: list[int], frame_rate: int) -> tuple[list[str], list[np.ndarray]]:
-    """Returns the names of all phones, silence first, and for every recording the phone of each of its frames.
+class FrameLabels(NamedTuple):
+    """What is spoken when: ``names`` of all labels, silence first, and for every recording the place in them of each
+    frame's label, ``labels[i]`` (frames,) int16."""
+
+    names: list[str]
+    labels: list[np.ndarray]
+
+
+def label_frames(rows: list[dict], lengths: list[int], frame_rate: int) -> tuple[FrameLabels, FrameLabels]:
+    """Returns the phones and the words of every frame.
 
     Args:
         rows: descriptions of recordings.
@@ -133,10 +179,14 @@ def label_frames(rows: list[dict], lengths: list[int], frame_rate: int) -> tuple
     with ProcessPoolExecutor(2) as pool:
         work = pool.map(_phones_of, rows, chunksize=16)
         phones = list(tqdm(work, total=len(rows), desc="phones", mininterval=10))
-    names = [SILENCE, *sorted({name for of_row in phones for name, _ in of_row} - {SILENCE})]
-    number = {name: index for index, name in enumerate(names)}
-    labels = [np.zeros(length, dtype=np.int16) for length in lengths]
-    for row, of_row in zip(labels, phones, strict=True):
-        for name, start in of_row:
-            row[round(start * frame_rate) :] = number[name]
-    return names, labels
+
+    def label(silence: str, field: str) -> FrameLabels:
+        names = [silence, *sorted({getattr(phone, field) for of_row in phones for phone in of_row} - {silence})]
+        number = {name: index for index, name in enumerate(names)}
+        labels = [np.zeros(length, dtype=np.int16) for length in lengths]
+        for row, of_row in zip(labels, phones, strict=True):
+            for phone in of_row:
+                row[round(phone.start * frame_rate) :] = number[getattr(phone, field)]
+        return FrameLabels(names, labels)
+
+    return label(SILENCE, "name"), label("", "word")

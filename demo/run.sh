@@ -9,14 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python -m fastlongspeech.demo.corpus work/corpus
-if [ ! -e work/base/model ]; then
-    # The language model and the encoder learn side by side, a core each.
-    python -m fastlongspeech.demo.base work/corpus work/base --only tokenizer
-    OMP_NUM_THREADS=1 python -m fastlongspeech.demo.base work/corpus work/base --only language &
-    OMP_NUM_THREADS=1 python -m fastlongspeech.demo.base work/corpus work/base --only encoder
-    wait $!
-    python -m fastlongspeech.demo.base work/corpus work/base
-fi
+[ -e work/base/model ] || python -m fastlongspeech.demo.base work/corpus work/base
 [ -e work/ctc/config.json ] || python -m fastlongspeech.train.ctc demo/ctc.yaml
 [ -e work/dct/config.json ] || python -m fastlongspeech.train.dct demo/dct.yaml
 python -m fastlongspeech.demo.evaluate work/dct work/corpus --output work/heldout.json

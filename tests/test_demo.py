@@ -121,17 +121,31 @@ def test_phones_are_timed_where_they_are_spoken(voice: corpus.Voice) -> None:
         spoken = samples[round(max(0, phone.start) * 16000) : round(end * 16000)]
         if len(spoken) > 160 and phone.name != phones.SILENCE:
             crossings = np.diff(np.signbit(spoken)).mean()
-            brightness[phone.name.split()[-1] in ("s", "z")].append(crossings)
+            brightness[phone.name in ("s", "z")].append(crossings)
     assert np.mean(brightness[True]) > 2 * np.mean(brightness[False])
 
 
 @needs_voices
-def test_every_frame_has_a_phone_and_pauses_have_silence() -> None:
+def test_every_frame_has_a_phone_and_a_word_and_pauses_have_silence() -> None:
     samples, row = corpus.record("train", 2)
-    names, (labels,) = phones.label_frames([row], [len(samples) // 160], 100)
-    assert names[0] == phones.SILENCE and len(np.unique(labels)) > 10
-    level = np.abs(samples[: len(labels) * 160]).reshape(-1, 160).mean(1)
-    assert level[labels > 0].mean() > 5 * level[labels == 0].mean()
+    level = np.abs(samples[: len(samples) // 160 * 160]).reshape(-1, 160).mean(1)
+    of_phones, of_words = phones.label_frames([row], [len(level)], 100)
+    assert of_phones.names[0] == phones.SILENCE and len(of_phones.names) > 10
+    assert of_words.names == ["", *sorted(set(row["text"].split()))]
+    for _, (labels,) in (of_phones, of_words):
+        assert level[labels > 0].mean() > 5 * level[labels == 0].mean()
+
+
+@needs_voices
+@pytest.mark.parametrize("voice", corpus.VOICES)
+def test_words_are_timed_where_they_are_spoken(voice: corpus.Voice) -> None:
+    sentence = "susan sees the doctor"
+    timed = phones.time_phones(sentence, f"{voice.engine} {voice.name}", 1.0)
+    heard = [phone for phone in timed if phone.word]
+    assert list(dict.fromkeys(phone.word for phone in heard)) == sentence.split()
+    for phone in heard:
+        assert phone.name != "k" or phone.word == "doctor"
+        assert phone.name != "D" or phone.word == "the"
 
 
 def test_the_tokenizer_reads_any_case_and_unknown_words(demo_tokenizer: PreTrainedTokenizerFast) -> None:
