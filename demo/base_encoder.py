@@ -32,6 +32,7 @@ MEL_RATE = 100  # mel frames per second
 # How far each head of each layer looks at first, and how sharply; positions of 20 ms.
 LOOKS = (((-5, -2, 2, 5), 1.5), ((-9, -3, 3, 9), 2.5), ((-14, -5, 5, 14), 4.0), ((-24, -8, 8, 24), 7.0))
 PEAK = 10.0  # logit of a perfect match
+SHARPNESS = 40.0  # of telling words by their squared distances
 
 
 @dataclass
@@ -197,6 +198,14 @@ def look_around(audio_tower: Qwen2AudioEncoder) -> None:
                 attention.k_proj.weight[rows] = queries @ back
 
 
+def _saying_loss(said: torch.Tensor, heard: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Returns how far ``said`` (N, hidden) is from the ``codes`` (words, hidden) of what was ``heard`` (N, words,
+    probabilities): the squared distance, and the cross-entropy of telling the words by their distances."""
+    nearness = SHARPNESS * (said @ codes.T - codes.square().sum(1) / 2)
+    distance = (said - heard @ codes).square().sum() / codes.square().sum(1).mean()
+    return distance + nn.functional.cross_entropy(nearness, heard, reduction="sum")
+
+
 def train_encoder(
     model: Qwen2AudioForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
@@ -213,8 +222,11 @@ def train_encoder(
     width, blank = tower.layer_norm.weight.shape[0], len(tokenizer)
     words, spoken = (nn.Linear(width, blank + 1).to(model.device) for _ in range(2))
     phones = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(recordings.phones.names))).to(model.device)
+    nn.init.zeros_(projector.linear.weight)  # or its error, large at first, spoils how the heads begin
     modules = nn.ModuleList([tower, projector, words, spoken, phones])
-    embeddings = model.model.language_model.embed_tokens.weight.detach()
+    # What can be heard, blank last, and how it is said to the language model, blank as zero.
+    vocabulary = sorted({token for word in recordings.words.names for token in packer.words(word)} | {blank})
+    codes = nn.functional.pad(model.model.language_model.embed_tokens.weight.detach(), (0, 0, 0, 1))[vocabulary]
     last_token = np.array([blank, *(packer.words(word)[-1] for word in recordings.words.names[1:])])
 
     def loss_fn(step: int) -> dict[str, torch.Tensor]:
@@ -239,11 +251,10 @@ def train_encoder(
         loss_phones = nn.functional.cross_entropy(phones(heard), torch.from_numpy(phone).to(heard.device, torch.int64))
         word = np.concatenate([last_token[excerpt.words[2::4]] for excerpt in excerpts])
         loss_spoken = nn.functional.cross_entropy(spoken(frames), torch.from_numpy(word).to(frames.device))
-        said = logits.detach().softmax(-1)[:, :-1] @ embeddings
-        error = (projector(frames) - said).square().sum()
-        loss_said = error / embeddings[torch.cat(tokens).to(frames.device)].square().sum()
+        heard_words = logits.detach()[:, vocabulary].softmax(-1)
+        loss_said = _saying_loss(projector(frames), heard_words, codes) / sum(map(len, tokens))
         return {
-            "loss": loss_words + 2 * loss_phones + 2 * loss_spoken + loss_said,
+            "loss": loss_words + 2 * loss_phones + loss_spoken + loss_said / 4,
             "words": loss_words,
             "phones": loss_phones,
             "spoken": loss_spoken,

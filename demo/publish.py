@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib import pyplot as plt
 from safetensors import safe_open
 
+from ..markdown import table
 from .sentences import vocabulary
 
 CARD = """---
@@ -67,9 +68,10 @@ CTC transcription: {error_rates}.
 
 ## Learning curves
 
-A rerun of the recipe will differ in detail. While this model was made the lengths of two steps, which set their
-learning rates, were changed under way: those of the language model (4,000 steps, for a time planned as 3,000 and as
-5,000) and of the joint training (900, at first planned as 1,200).
+A rerun of the recipe will differ in detail. While this model was made some things were changed under way: the length,
+which sets the learning rate, of the language model's training (4,000 steps, for a time planned as 3,000 and as 5,000)
+and of the encoder's (4,000, for the first 1,400 planned as 4,500); and in those 1,400 steps the projector learnt by
+squared distance alone (the loss "said").
 
 ![learning curves](learning-curves.png)
 
@@ -92,7 +94,7 @@ def plot_curves(curves: dict[str, list[dict]], path: Path) -> None:
     """Writes one panel per step of the recipe."""
     panels = {
         "language": ("Base 1: language model on text", ("loss", "accuracy")),
-        "encoder": ("Base 2: encoder, losses per word and frame", ("words", "phones")),
+        "encoder": ("Base 2: encoder, losses per word and frame", ("words", "said", "phones", "spoken")),
         "join": ("Base 3: both joined", ("loss", "accuracy")),
         "ctc": ("Stage 1: CTC decoder", ("loss", "eval_loss", "eval_wer")),
         "dct": ("Stage 2: dynamic compression", ("loss", "eval_L750_loss", "eval_L200_loss", "eval_L50_loss")),
@@ -115,17 +117,15 @@ def plot_curves(curves: dict[str, list[dict]], path: Path) -> None:
 
 def figures_table(summary: dict) -> str:
     """Returns the exact answers as a Markdown table."""
-    lines = [
-        "| split | L | heard | facts, exact | questions | voice, exact | questions |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    headings = ["split", "L", "heard", "facts, exact", "questions", "voice, exact", "questions"]
+    rows = []
     for row in summary["exact_answers"]:
         facts, voice = row["facts"], row["voice"]
-        lines.append(
-            f"| {row['split']} | {row['target_length'] or 'all'} | {row['condition']} | {facts['exact']:.1%} "
-            f"| {facts['questions']} | {voice['exact']:.1%} | {voice['questions']} |"
+        rows.append(
+            [row["split"], str(row["target_length"] or "all"), row["condition"]]
+            + [f"{facts['exact']:.1%}", str(facts["questions"]), f"{voice['exact']:.1%}", str(voice["questions"])]
         )
-    return "\n".join(lines)
+    return table(headings, rows, words=3)
 
 
 def main() -> None:
