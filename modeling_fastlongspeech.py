@@ -355,6 +355,10 @@ class FastLongSpeechForConditionalGeneration(FastLongSpeechGenerationMixin, Qwen
             ctc_labels: `(A, S)` int64 padded with -100, see `FastLongSpeechModel.ctc_loss`; no `input_ids` then.
             logits_to_keep: logits of the last so many positions (0: all), or of the positions in a tensor.
             others: see `FastLongSpeechModel.forward`.
+
+        Raises:
+            ValueError: `labels` with `logits_to_keep`, `ctc_labels` with `input_ids`, or see
+                `FastLongSpeechModel.forward`.
         """
         if ctc_labels is not None:
             if input_ids is not None:
@@ -367,6 +371,10 @@ class FastLongSpeechForConditionalGeneration(FastLongSpeechGenerationMixin, Qwen
                     ctc_labels,
                     kwargs.get("num_items_in_batch"),
                 )
+            )
+        if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
+            raise ValueError(
+                f"labels need the logits of all positions, got logits_to_keep={logits_to_keep}; leave it 0."
             )
         outputs = self.model(
             input_ids=input_ids,

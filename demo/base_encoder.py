@@ -254,7 +254,7 @@ def train_encoder(
         heard_words = logits.detach()[:, vocabulary].softmax(-1)
         loss_said = _saying_loss(projector(frames), heard_words, codes) / sum(map(len, tokens))
         return {
-            "loss": loss_words + 2 * loss_phones + loss_spoken + loss_said / 4,
+            "loss": loss_words + 2 * loss_phones + loss_spoken + progress * loss_said,
             "words": loss_words,
             "phones": loss_phones,
             "spoken": loss_spoken,

@@ -237,6 +237,8 @@ def test_logits_to_keep(model: Model, make_audio: Make, make_prompts: Make) -> N
     torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, logits[:, -2:])
     torch.testing.assert_close(model(**inputs, logits_to_keep=torch.tensor([0, 25])).logits, logits[:, [0, 25]])
     assert isinstance(model(**inputs, return_dict=False), tuple)
+    with pytest.raises(ValueError, match="labels need the logits of all positions, got logits_to_keep=2"):
+        model(**inputs, labels=inputs["input_ids"], logits_to_keep=2)
 
 
 # NTK-RoPE
