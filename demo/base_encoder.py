@@ -1,7 +1,8 @@
 """Base model, step 2: the audio encoder learns to hear words, and the projector to say them to the language model.
 
 Three heads are thrown away afterwards: one reads the words (the language model's tokens) off the final frames, by CTC;
-one names the word that is being spoken at each; one names the phone of every frame of the middle layer, at 50 Hz.
+one names the word that is being spoken at each, which helps the first to find words but not the projector, so it fades
+out; one names the phone of every frame of the middle layer, at 50 Hz.
 The synthesizers tell when they speak which phone. Phones are learnt first and carry the words. The projector learns to
 turn each frame into the language model's embedding of the word that CTC hears in it, blank being zero.
 Excerpts grow from sentences to recordings of 29 s, and are placed anywhere in the window of 30 s: short ones teach the
@@ -200,10 +201,10 @@ def look_around(audio_tower: Qwen2AudioEncoder) -> None:
 
 def _saying_loss(said: torch.Tensor, heard: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """Returns how far ``said`` (N, hidden) is from the ``codes`` (words, hidden) of what was ``heard`` (N, words,
-    probabilities): the squared distance, and the cross-entropy of telling the words by their distances."""
+    probabilities): thrice the squared distance, and the cross-entropy of telling the words by their distances."""
     nearness = SHARPNESS * (said @ codes.T - codes.square().sum(1) / 2)
     distance = (said - heard @ codes).square().sum() / codes.square().sum(1).mean()
-    return distance + nn.functional.cross_entropy(nearness, heard, reduction="sum")
+    return 3 * distance + nn.functional.cross_entropy(nearness, heard, reduction="sum")
 
 
 def train_encoder(
@@ -254,7 +255,7 @@ def train_encoder(
         heard_words = logits.detach()[:, vocabulary].softmax(-1)
         loss_said = _saying_loss(projector(frames), heard_words, codes) / sum(map(len, tokens))
         return {
-            "loss": loss_words + 2 * loss_phones + loss_spoken + progress * loss_said,
+            "loss": loss_words + 2 * loss_phones + max(0.0, 1 - 1.5 * progress) * loss_spoken + progress * loss_said,
             "words": loss_words,
             "phones": loss_phones,
             "spoken": loss_spoken,
