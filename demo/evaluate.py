@@ -54,11 +54,11 @@ class Evaluator:
         recordings, references, transcripts = [], [], []
         for row in tqdm(rows, desc=f"{folder.name}: listening"):
             inputs = self.processor(audio=folder / row["audio"]).to(self.model.device)
-            embeddings = {}
-            for length in lengths:
-                compression = "none" if length is None else None
-                features = self.model.get_audio_features(**inputs, target_length=length, compression=compression)
-                embeddings[length] = features.pooler_output
+            encoded = self.model.model.encode_recordings(**inputs)
+            embeddings = {
+                length: self.model.model.compress(encoded, length, "none" if length is None else None).pooler_output
+                for length in lengths
+            }
             recordings.append(Recording(row["questions"], embeddings))
             references.append(self.normalize(row["text"]))
             transcripts.append(self.normalize(self.processor.ctc_decode(self.model.ctc_transcribe(**inputs))[0]))
