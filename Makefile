@@ -7,7 +7,7 @@ TRANSFORMERS ?=
 TORCH := 2.13.0
 PYTEST_FLAGS ?= -n 2
 
-QUESTION := Is the speaker a man or a woman?
+QUESTION := When does Patrick arrive?
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
