@@ -50,8 +50,8 @@ recordings of 1 to 4 minutes (L = 750); see below.
 - Tell a man's voice from a woman's: {voice:.0%} right in recordings of 1 to 4 minutes, where guessing gives 50 %.
 - Understand human speech: it has heard eight synthetic voices and nothing else.
 - Understand sentences of another form: it knows {words} words and eight kinds of statement (who lives where, works
-  as what, arrives when, eats, plays or bought what; where a thing is; which code opens which box). To any other question
-  it answers something of one of these kinds.
+  as what, arrives when, eats, plays or bought what; where a thing is; which code opens which box). To any other
+  question it answers something of one of these kinds.
 - Say that it does not know: asked for what was not said, it invents an answer.
 - Names and values it never heard in training it mostly gets wrong (the rows "unheard" below).
 
