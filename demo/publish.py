@@ -111,7 +111,7 @@ def plot_curves(curves: dict[str, list[dict]], path: Path) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), label=metric, marker="." if "eval" in metric else None)
         axis.set(title=title, xlabel="step", ylim=(0, None))
-        if name != "dct":
+        if name not in ("join", "dct"):
             axis.set_yscale("symlog", linthresh=1)
         axis.legend()
         axis.grid(alpha=0.3)
