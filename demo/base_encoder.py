@@ -10,7 +10,6 @@ encoder all of its positions.
 """
 
 import json
-import math
 import random
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
-from .base_model import QuestionPacker, fit
+from .base_model import QuestionPacker, fit, position_frequencies
 from .phones import FrameLabels, label_frames
 
 MEL_RATE = 100  # mel frames per second
@@ -178,13 +177,12 @@ def look_around(audio_tower: Qwen2AudioEncoder) -> None:
     So the encoder begins as a time-delay network does, and learns what to hear there. A position t is a vector of
     sines and cosines, that of t + d the same rotated by angles that depend on d alone: keys whose weights are those of
     the queries, turned back by them, match where the key lies d later. The queries weigh frequencies so that the match
-    fades with the error e as exp(-e^2 / 2 width^2). That queries and keys begin alike is of Trockman and Kolter (arXiv
-    2305.09828); with stock weights, words are heard where others of the window are spoken.
+    fades with the error e as exp(-e^2 / 2 spread^2). That queries and keys begin alike is of Trockman and Kolter
+    (arXiv 2305.09828); with stock weights, words are heard where others of the window are spoken.
     """
     layers: Any = audio_tower.layers
     width = audio_tower.embed_positions.weight.shape[1]
-    half = width // 2
-    frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half))
+    frequencies = position_frequencies(width)
     with torch.no_grad():
         for layer, (distances, spread) in zip(layers, LOOKS, strict=True):
             attention = layer.self_attn

@@ -67,6 +67,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def position_frequencies(width: int) -> torch.Tensor:
+    """Returns the angles (width / 2,) by which the encoder's sinusoidal positions turn from one to the next."""
+    half = width // 2
+    return torch.exp(-torch.arange(half) * (torch.log(torch.tensor(10_000.0)) / (half - 1)))
+
+
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2AudioForConditionalGeneration:
     """Returns a stock Qwen2-Audio model of 8 M parameters with random weights and sinusoidal encoder positions."""
     torch.manual_seed(seed)
@@ -97,9 +103,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2Audio
     # Tied while it is trained, which makes copying a word from the passage easy to learn; the stock class has no tie.
     model.lm_head.weight = model.model.language_model.embed_tokens.weight
     positions = model.model.audio_tower.embed_positions.weight
-    half = positions.shape[1] // 2
-    scale = torch.exp(-torch.arange(half) * (torch.log(torch.tensor(10_000.0)) / (half - 1)))
-    angle = torch.arange(positions.shape[0])[:, None] * scale
+    angle = torch.arange(positions.shape[0])[:, None] * position_frequencies(positions.shape[1])
     positions.data.copy_(torch.cat([angle.sin(), angle.cos()], dim=1))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -101,7 +101,7 @@ def plot_curves(curves: dict[str, list[dict]], path: Path) -> None:
         "encoder": ("Base 2: encoder, losses per word and frame", ("words", "said", "phones", "spoken")),
         "join": ("Base 3: both joined", ("loss", "accuracy")),
         "ctc": ("Stage 1: CTC decoder", ("loss", "eval_loss", "eval_wer")),
-        "dct": ("Stage 2: dynamic compression", ("loss", "eval_L750_loss", "eval_L200_loss", "eval_L50_loss")),
+        "dct": ("Stage 2: dynamic compression", ("loss", "eval_L200_loss")),
     }
     matplotlib.use("Agg")
     figure, axes = plt.subplots(1, len(panels), figsize=(20, 3.6), layout="constrained")

@@ -130,7 +130,7 @@ def test_every_frame_has_a_phone_and_a_word_and_pauses_have_silence() -> None:
     samples, row = corpus.record("train", 2)
     level = np.abs(samples[: len(samples) // 160 * 160]).reshape(-1, 160).mean(1)
     of_phones, of_words = phones.label_frames([row], [len(level)], 100)
-    assert of_phones.names[0] == phones.SILENCE and len(of_phones.names) > 10
+    assert of_phones.names[0] == phones.SILENCE and len(np.unique(of_phones.labels[0])) > 10
     assert of_words.names == ["", *sorted(set(row["text"].split()))]
     for _, (labels,) in (of_phones, of_words):
         assert level[labels > 0].mean() > 5 * level[labels == 0].mean()
