@@ -1,5 +1,6 @@
 """What several test files share: tiny builders."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGen
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"]
 RATE = 16000
+CLIP_SECONDS = [31.0, 1.0, 1.3, 1.7, 2.0, 2.6]
+CLIP_TEXTS = ["the cat sat on a hill", "a dog ran", "the mat", "a cat ran over", "the dog sat on", "a hill"]
 
 
 def speech(seconds: float, rate: int = RATE, seed: int = 0) -> np.ndarray:
@@ -196,3 +199,26 @@ def make_prompts() -> Callable[..., dict[str, torch.Tensor]]:
         }
 
     return make
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training stage's data: clips, and their manifests `asr.jsonl` and `qa.jsonl`; the first has two windows."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "clips").mkdir()
+    noise = np.random.default_rng(0)
+    for number, seconds in enumerate(CLIP_SECONDS):
+        time = np.arange(round(seconds * RATE)) / RATE
+        clip = 0.3 * np.sin(2 * np.pi * 150 * (number + 1) * time) + noise.normal(scale=0.05, size=time.shape)
+        soundfile.write(folder / "clips" / f"{number}.wav", clip, RATE)
+    spoken = [(f"clips/{number}.wav", text) for number, text in enumerate(CLIP_TEXTS)]
+    write_rows(folder / "asr.jsonl", [{"audio": clip, "text": text, "more": 1} for clip, text in spoken])
+    asked = [{"audio": clip, "question": "Who?", "answer": text.split()[1]} for clip, text in spoken]
+    write_rows(folder / "qa.jsonl", asked)
+    return folder
+
+
+def write_rows(path: Path, rows: list) -> Path:
+    """Writes JSON lines; a row that is a string is written as it is."""
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path

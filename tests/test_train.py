@@ -1,57 +1,26 @@
-"""Both training stages: rows are checked, L follows (seed, step), only what should train does, runs can be resumed."""
+"""Both training stages: only what should train does, runs can be killed and resumed, settings are checked."""
 
 import json
 import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import sentencepiece
-import soundfile
 import torch
 import yaml
-from accelerate.data_loader import BatchSamplerShard
+from conftest import CLIP_SECONDS, write_rows
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch.utils.data import BatchSampler
 from transformers import AutoModelForMultimodalLM, TrainingArguments
 
 from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
 from fastlongspeech.compression_fastlongspeech import COMPRESSIONS, average_pooling
 from fastlongspeech.train import ctc, dct
-from fastlongspeech.train.data import DCTCollator, StepSampler, draw_target_length, load_rows
 from fastlongspeech.train.stage import StageTrainer, last_checkpoint, parse_settings
-
-RATE = 16000
-SECONDS = [31.0, 1.0, 1.3, 1.7, 2.0, 2.6]
-TEXTS = ["the cat sat on a hill", "a dog ran", "the mat", "a cat ran over", "the dog sat on", "a hill"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of clips with the manifests `asr.jsonl` and `qa.jsonl`; the first clip has two windows."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "clips").mkdir()
-    noise = np.random.default_rng(0)
-    for number, seconds in enumerate(SECONDS):
-        time = np.arange(round(seconds * RATE)) / RATE
-        clip = 0.3 * np.sin(2 * np.pi * 150 * (number + 1) * time) + noise.normal(scale=0.05, size=time.shape)
-        soundfile.write(folder / "clips" / f"{number}.wav", clip, RATE)
-    clips = [f"clips/{number}.wav" for number in range(len(SECONDS))]
-    write(folder / "asr.jsonl", [{"audio": a, "text": t, "more": 1} for a, t in zip(clips, TEXTS, strict=True)])
-    questions = [{"audio": a, "question": "Who?", "answer": t.split()[1]} for a, t in zip(clips, TEXTS, strict=True)]
-    write(folder / "qa.jsonl", questions)
-    return folder
-
-
-def write(path: Path, rows: list) -> Path:
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
-    return path
 
 
 def arguments(stage, model: Path, data: Path, output: Path, *more: object) -> list[str]:
@@ -72,136 +41,6 @@ def trained(stage, model: Path, data: Path, output: Path, *more: object) -> dict
 
 def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
-
-
-# Rows
-
-
-def test_a_manifest_names_recordings_from_its_own_folder_and_may_hold_more_than_is_read(data, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    rows = load_rows(data / "asr.jsonl", ("audio", "text"))
-    assert [rows[i] for i in range(len(rows))] == [
-        {"audio": str(data / "clips" / f"{i}.wav"), "text": text} for i, text in enumerate(TEXTS)
-    ]
-    assert rows.durations == pytest.approx(SECONDS)
-
-
-def test_a_datasets_folder_gives_the_same_rows(data, tmp_path):
-    audio = [str(data / "clips" / f"{i}.wav") for i in range(6)]
-    saved = datasets.Dataset.from_dict({"audio": audio, "text": TEXTS}).cast_column("audio", datasets.Audio())
-    saved.save_to_disk(tmp_path / "saved")
-    datasets.DatasetDict(train=saved, test=saved.select([0])).save_to_disk(tmp_path / "splits")
-    (tmp_path / "parquet").mkdir()
-    saved.to_parquet(tmp_path / "parquet" / "train.parquet")
-    for source in (tmp_path / "saved", f"{tmp_path / 'splits'}#train", tmp_path / "parquet"):
-        rows = load_rows(source, ("audio", "text"))
-        assert rows.texts("text") == TEXTS and rows.durations == pytest.approx(SECONDS)
-        encoded = rows[3]["audio"]
-        assert (encoded["bytes"] or Path(encoded["path"]).read_bytes()) == Path(audio[3]).read_bytes()
-    with pytest.raises(ValueError, match=r"has the splits train, test.*#train"):
-        load_rows(tmp_path / "splits", ("audio", "text"))
-    with pytest.raises(ValueError, match="has no column question, answer among audio, text"):
-        load_rows(tmp_path / "saved", ("audio", "question", "answer"))
-
-
-def test_every_bad_row_is_named_with_its_line_and_remedy(data, tmp_path):
-    good = {"audio": str(data / "clips" / "1.wav"), "text": "a"}
-    soundfile.write(tmp_path / "short.wav", np.zeros(600), RATE)
-    (tmp_path / "broken.wav").write_bytes(b"RIFF")
-    soundfile.write(tmp_path / "piped.flac", np.zeros(RATE), RATE)
-    flac = bytearray((tmp_path / "piped.flac").read_bytes())
-    flac[21] &= 0xF0  # the samples of the whole in 36 bits of the header; 0: not known
-    flac[22:26] = bytes(4)
-    (tmp_path / "piped.flac").write_bytes(flac)
-    faults = {
-        "{": "is not JSON .*write one object per line",
-        "[1]": "holds a list; write an object with audio, text",
-        json.dumps({"text": "a"}): "has no 'audio'; it needs audio, text",
-        json.dumps({**good, "text": " "}): "has 'text' = ' '; it must be text that is not empty",
-        json.dumps({**good, "text": 5}): "has 'text' = 5; it must be text",
-        json.dumps({**good, "audio": ["1.wav"]}): "must be the path of one recording",
-        json.dumps({**good, "audio": "nowhere.wav"}): "nowhere.wav, which does not exist; correct the path",
-        json.dumps({**good, "audio": "broken.wav"}): "can't be read .*convert it to wav or flac",
-        json.dumps({**good, "audio": "short.wav"}): "0.037 s; it must last at least 0.04 s",
-        json.dumps({**good, "audio": "piped.flac"}): "does not say how long it is; convert it to wav",
-    }
-    manifest = write(tmp_path / "bad.jsonl", [good, "", *faults])
-    with pytest.raises(ValueError, match="bad.jsonl has 10 bad rows; correct or remove them") as refusal:
-        load_rows(manifest, ("audio", "text"))
-    named = str(refusal.value).splitlines()[1:]
-    for number, (line, fault) in enumerate(zip(named, faults.values(), strict=True), 3):
-        assert re.fullmatch(f"  line {number} .*{fault}.*", line)
-    with pytest.raises(ValueError, match="has no rows"):
-        load_rows(write(tmp_path / "empty.jsonl", [""]), ("audio", "text"))
-    with pytest.raises(FileNotFoundError, match="no manifest or datasets folder"):
-        load_rows(tmp_path / "nothing.jsonl", ("audio", "text"))
-
-
-# Steps and lengths
-
-
-@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
-def test_every_epoch_holds_every_row_and_fills_its_last_step(strategy):
-    sampler = StepSampler([float(i % 7) for i in range(22)], 4, 0, lambda: 0, strategy)
-    assert len(list(sampler)) == len(sampler) == 24
-    epochs = [sampler.steps_of(epoch) for epoch in range(2)]
-    for steps in epochs:
-        rows = Counter(row for step in steps for row in step)
-        assert set(rows) == set(range(22)) and max(rows.values()) <= 2
-    assert (epochs[0] == epochs[1]) == (strategy == "sequential")
-    assert len(StepSampler([1.0] * 22, 4, 0, lambda: 0, drop_last=True)) == 20
-
-
-def test_group_by_length_puts_rows_of_like_duration_into_a_step():
-    durations = np.random.default_rng(0).uniform(1, 30, 400).tolist()
-    steps = StepSampler(durations, 8, 0, lambda: 0, "group_by_length").steps_of(0)
-    spreads = [max(durations[row] for row in step) - min(durations[row] for row in step) for step in steps]
-    assert max(spreads) < 3
-
-
-@pytest.mark.parametrize("processes, batch", [(1, 4), (1, 2), (2, 2), (2, 1), (4, 1)])
-def test_a_step_has_the_same_rows_however_it_is_divided_and_after_a_resume(processes, batch):
-    taken = 0
-    sampler = StepSampler([1.0] * 10, 4, 5, lambda: taken)
-
-    def steps() -> list[tuple[int, list[int]]]:
-        shards = [BatchSamplerShard(BatchSampler(sampler, batch, False), processes, p) for p in range(processes)]
-        pairs = [pair for batches in zip(*map(list, shards), strict=True) for part in batches for pair in part]
-        return [(step, sorted(row for s, row in pairs if s == step)) for step in sorted({step for step, _ in pairs})]
-
-    first = [(step, sorted(rows)) for step, rows in enumerate(sampler.steps_of(0))]
-    second = [(step, sorted(rows)) for step, rows in enumerate(sampler.steps_of(1), 3)]
-    assert steps() == first
-    taken = 3
-    assert steps() == second
-    taken = 4  # resumed within the second epoch: the Trainer skips the batches already seen
-    assert steps() == second
-
-
-def test_lengths_are_uniform_and_a_function_of_seed_and_step():
-    lengths = [750, 400, 200, 100, 50, 25, 12]
-    draws = [draw_target_length(7, step, lengths) for step in range(7000)]
-    assert all(abs(count - 1000) < 4 * (7000 * 1 / 7 * 6 / 7) ** 0.5 for count in Counter(draws).values())
-    assert set(draws) == set(lengths)
-    assert draws == [draw_target_length(7, step, lengths) for step in range(7000)]
-    assert draws != [draw_target_length(8, step, lengths) for step in range(7000)]
-
-
-def test_the_collator_fuses_a_batch_to_the_length_of_its_step_or_to_the_one_its_rows_carry(data, processor):
-    rows = load_rows(data / "qa.jsonl", ("audio", "question", "answer"))
-    collate = DCTCollator(processor, [9, 5, 2], seed=3)
-    for step in range(5):
-        batch = collate([rows[step, 1], rows[step, 2]])
-        placeholders = (batch["input_ids"] == processor.audio_token_id).sum(1).tolist()
-        assert placeholders == [draw_target_length(3, step, [9, 5, 2])] * 2
-        answers = [ids[ids != -100] for ids in batch["labels"]]
-        assert processor.tokenizer.batch_decode(answers) == ["dog<|im_end|>", "mat<|im_end|>"]
-    fixed = collate([rows.at(7)[1]])
-    assert (fixed["input_ids"] == processor.audio_token_id).sum() == 7
-    everything = DCTCollator(processor, [9, 5, 2], seed=3, compression="none")([rows.at(7)[1]])
-    assert (everything["input_ids"] == processor.audio_token_id).sum() == 25
-    assert "Audio 1: <|audio_bos|><|AUDIO|>" in collate.prompt("Who?")
-    assert collate.prompt("Who?").endswith("<|audio_eos|>\nWho?<|im_end|>\n<|im_start|>assistant\n")
 
 
 # Stage 1
@@ -237,7 +76,7 @@ def test_evaluation_transcribes_with_the_weights_of_the_moment(checkpoint, data,
     more = ["--eval_data", data / "asr.jsonl", "--eval_strategy", "steps", "--eval_steps", 2]
     trained(ctc, checkpoint, data, tmp_path / "out", *more, "--optim", "adamw_torch_fused", "--learning_rate", 0.5)
     model = FastLongSpeechForConditionalGeneration.from_pretrained(tmp_path / "out")
-    clips = [str(data / "clips" / f"{number}.wav") for number in range(len(SECONDS))]
+    clips = [str(data / "clips" / f"{number}.wav") for number in range(len(CLIP_SECONDS))]
     inputs = FastLongSpeechProcessor.from_pretrained(tmp_path / "out")(audio=clips)
     assert len(found) == 2 and found[0] != found[1]
     assert found[1] == model.ctc_transcribe(**inputs)
@@ -285,7 +124,7 @@ def test_the_vocabulary_is_deterministic_keeps_every_transcript_and_has_the_size
 
 def test_a_transcript_longer_than_its_recording_is_refused(checkpoint, data, tmp_path):
     clip = str(data / "clips" / "1.wav")  # 1 s: 25 frames
-    write(tmp_path / "asr.jsonl", [{"audio": clip, "text": "a dog"}, {"audio": clip, "text": "a cat " * 20}])
+    write_rows(tmp_path / "asr.jsonl", [{"audio": clip, "text": "a dog"}, {"audio": clip, "text": "a cat " * 20}])
     with pytest.raises(ValueError, match="line 2 has a transcript that needs .* frames, its recording has 25"):
         ctc.main(arguments(ctc, checkpoint, tmp_path, tmp_path / "out", "--vocab_size", 12))
 
