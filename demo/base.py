@@ -18,7 +18,7 @@ from .base_join import encode_recordings, train_joined
 from .base_language import train_language_model
 from .base_model import build_model, build_tokenizer
 
-STEPS = {"language": 4000, "encoder": 4000, "join": 800}
+STEPS = {"language": 4000, "encoder": 5100, "join": 1200}
 
 
 def main() -> None:

@@ -62,12 +62,20 @@ def train_language_model(
 
 
 def passage_loss(
-    model: Qwen2AudioForConditionalGeneration, packer: QuestionPacker, rng: random.Random, progress: float
+    model: Qwen2AudioForConditionalGeneration,
+    packer: QuestionPacker,
+    rng: random.Random,
+    progress: float,
+    as_heard: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Returns the loss and the accuracy on newly written passages, as hard as they are at ``progress`` (0 to 1)."""
+    """Returns the loss and the accuracy on newly written passages, as hard as they are at ``progress`` (0 to 1).
+
+    ``as_heard``: most passages are long, some words are misheard (partly another word of the passage) and some share
+    a position with their neighbour, as in speech.
+    """
     sentences, spread = rng.randint(1, 4) if progress < 0.19 else rng.randint(2, 6), 1.0
     if progress > 0.375:
-        sentences = rng.randint(10, 80) if rng.random() < 0.15 else rng.randint(2, 10)
+        sentences = rng.randint(10, 80) if rng.random() < (0.6 if as_heard else 0.15) else rng.randint(2, 10)
         spread = rng.uniform(1, max(1.0, min(12, 80 / sentences)))
     positions = 8 * sentences * spread + 11 * min(8, 2 * sentences) + 30  # of one passage, about
     embedding = model.model.language_model.embed_tokens
@@ -79,11 +87,18 @@ def passage_loss(
         text, pairs = _write(rng, sentences, terse)
         tokens = packer.words(text)
         length = round(len(tokens) * spread)
-        places = torch.randperm(length)[: len(tokens)].sort().values.to(model.device)
+        said = embedding(torch.tensor(tokens, device=model.device))
+        if as_heard:
+            misheard = torch.rand(len(tokens), 1) * (torch.rand(len(tokens), 1) < rng.uniform(0, 0.15))
+            said = said.lerp(said[torch.randperm(len(tokens))], misheard.to(model.device))
+            places = torch.randperm(2 * length)[: len(tokens)].sort().values // 2
+            said = said / places.bincount()[places, None].to(model.device)
+        else:
+            places = torch.randperm(length)[: len(tokens)].sort().values
         audio = embedding.weight.new_zeros(length, embedding.weight.shape[1])
         if noise is not None:
             audio = torch.randn(audio.shape).to(model.device) * noise
-        embeds.append(audio.index_add(0, places, embedding(torch.tensor(tokens, device=model.device))))
+        embeds.append(audio.index_add(0, places.to(model.device), said))
         lengths.append(length)
         questions.append(pairs)
     loss, accuracy = answer_loss(model, packer.pack(lengths, questions), torch.cat(embeds))
