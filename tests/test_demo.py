@@ -1,5 +1,6 @@
 """The demo's corpus and the base model's training: what is held out, and that short cuts change no result."""
 
+import copy
 import json
 import random
 import shutil
@@ -11,7 +12,7 @@ import soundfile
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2AudioForConditionalGeneration
 
-from fastlongspeech.demo import base_encoder, base_model, corpus, evaluate, phones
+from fastlongspeech.demo import base_encoder, base_join, base_model, corpus, evaluate, phones
 from fastlongspeech.demo.sentences import (
     KINDS,
     UNHEARD_NAMES,
@@ -185,6 +186,25 @@ def test_the_encoder_in_training_is_the_stock_encoder(stock_model: Qwen2AudioFor
     encoded = base_encoder.encode(stock_model, [mel])
     stock = stock_model.model.audio_tower(torch.from_numpy(mel.astype(np.float32)).T[None]).last_hidden_state
     torch.testing.assert_close(encoded.frames[:, : encoded.lengths[0]], stock, rtol=1e-4, atol=1e-4)
+
+
+def test_the_projector_says_whether_a_man_or_a_woman_speaks(
+    stock_model: Qwen2AudioForConditionalGeneration, demo_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model, packer = copy.deepcopy(stock_model), base_model.QuestionPacker(demo_tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    is_man = [number % 3 == 0 for number in range(300)]
+    frames = [torch.randn(50, 256, generator=generator) for _ in is_man]
+    for rows, man in zip(frames, is_man, strict=True):
+        rows[:, 7] += 1.0 if man else -1.0
+    base_join.tell_voices(model, packer, [rows.half() for rows in frames], is_man)
+    man, woman = (model.get_input_embeddings().weight[packer.words(word)[0]] for word in ("man", "woman"))
+    with torch.no_grad():
+        before, after = (of.model.multi_modal_projector(torch.stack(frames)) for of in (stock_model, model))
+    said = after - before
+    assert [bool(row.mean(0) @ (man - woman) > 0) for row in said] == is_man
+    sideways = said - (said @ (man - woman))[..., None] * (man - woman) / (man - woman).square().sum()
+    assert sideways.abs().max() < 1e-3 * said.abs().max()
 
 
 def test_the_evaluation_asks_every_question_three_ways(checkpoint: Path, tmp_path: Path, capsys, monkeypatch) -> None:
