@@ -114,7 +114,7 @@ def find_model(source: str | None) -> str:
 
 def find_device(name: str | None) -> str:
     """Returns the device that `--device` names, by default a GPU or the CPU; a ValueError where it is not there."""
-    device = name or ("cuda" if torch.cuda.is_available() else "cpu")  # mps lacks segment_reduce
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")  # mps was never tried
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -37,7 +37,8 @@ from .placeholders_fastlongspeech import check_placeholders, insert_audio, place
 logger = logging.get_logger(__name__)
 
 MEL_FRAME_SECONDS = 0.01
-CHUNK_LOGITS = 2**24  # CTC logits held at a time where only a figure of every frame is wanted
+# CTC logits held at a time where only a figure of every frame is wanted; a processor's cache holds fewer.
+CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**24}
 
 # Names of Qwen2-Audio's parameters that transformers wrote before 5.0, and the first release of FastLongSpeech; some
 # versions 5.x write one more `model.`.
@@ -282,7 +283,8 @@ class FastLongSpeechModel(Qwen2AudioModel):
 
     def _by_frame(self, frames: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         """A figure `(...)` of the CTC logits of every frame `(..., D)`, whose logits are held for some at a time."""
-        chunks = frames.flatten(0, -2).split(max(1, CHUNK_LOGITS // (self.config.ctc_blank + 1)))
+        held = CHUNK_LOGITS.get(frames.device.type, CHUNK_LOGITS["cuda"]) // (self.config.ctc_blank + 1)
+        chunks = frames.flatten(0, -2).split(max(1, held))
         figures = [self.ctc_decoder(self._ctc_input(chunk), reduce) for chunk in chunks]
         return torch.cat(figures).view(frames.shape[:-1])
 

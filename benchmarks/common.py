@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
@@ -215,6 +216,8 @@ class Benchmark:
     ) -> dict[str, Any]:
         """Returns the row of a case: each call runs once to warm up, and then all in turn, as often as wanted.
 
+        Each time they run in another order, as the one before leaves the caches to the next.
+
         Args:
             case: what distinguishes it from the others.
             calls: what is measured, by name.
@@ -248,8 +251,9 @@ class Benchmark:
                         self._seconds_per_work[name] = warm_up / works[name]
         measured = [name for name in figures if "runs" in figures[name]]
         title = ", ".join(f"{key} {value}" for key, value in case.items())
+        order = random.Random(0)
         for _ in tqdm(range(self.arguments.repeats), desc=title, unit="run", delay=1, leave=False, disable=None):
-            for name in measured:
+            for name in order.sample(measured, len(measured)):
                 figures[name]["runs"].append(_seconds(calls[name], device))
         for name in measured:
             figures[name]["seconds"] = median(figures[name]["runs"])

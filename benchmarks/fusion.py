@@ -22,6 +22,7 @@ from fastlongspeech import FastLongSpeechConfig
 from fastlongspeech.encoder_fastlongspeech import FastLongSpeechCTCDecoder, FastLongSpeechEncoder
 from fastlongspeech.fusion_fastlongspeech import content_density, iterative_fusion
 from fastlongspeech.markdown import table
+from fastlongspeech.modeling_fastlongspeech import CHUNK_LOGITS
 
 from .common import Benchmark, dtype_of, figure, load_config, number, parse, ratio
 
@@ -67,8 +68,9 @@ class Densities(nn.Module):
             self.weight = nn.Parameter(linear.weight @ projector.weight)
             self.bias = nn.Parameter(linear.weight @ projector.bias)
 
-    def ours(self, frames: Tensor) -> Tensor:
-        return self.decoder(self.norm(frames), reduce=content_density)
+    def ours(self, frames: Tensor) -> Tensor:  # as the model does
+        chunks = frames.flatten(0, -2).split(CHUNK_LOGITS[frames.device.type] // self.decoder.linear.out_features)
+        return torch.cat([self.decoder(self.norm(c), reduce=content_density) for c in chunks]).view(frames.shape[:-1])
 
     def two(self, frames: Tensor) -> Tensor:
         chunks = self.norm(frames).split(CHUNK)

@@ -71,8 +71,8 @@ CTC transcription: {error_rates}.
 A rerun of the recipe will differ in detail: while this model was made some things were changed under way.
 
 - Lengths of training, which set the learning rates: the language model's (4,000 steps, for a time planned as 3,000 and
-  as 5,000) and the encoder's (5,100 steps, planned as 4,500 for the first 1,400, then as 4,000, and as 5,500 from there
-  to 4,800).
+  as 5,000) and the encoder's (5,100 steps, planned as 4,500 for the first 1,400, then as 4,000, then to 4,800 as
+  5,500).
 - Weights of the encoder's losses: "said" was the squared distance alone up to step 1,400 and had the weight 1/4 in the
   next 100, its distance counted once instead of three times up to step 2,600, and "spoken" had the weight 1 up to step
   2,800, then 1 - progress up to 3,000.

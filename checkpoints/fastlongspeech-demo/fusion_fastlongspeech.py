@@ -187,13 +187,16 @@ def weighted_means(frames: Tensor, density: Tensor, sizes: Tensor) -> Tensor:
     """
     batch, width, dim = frames.shape
     flat_sizes = sizes.flatten()
+    spans = torch.arange(len(flat_sizes), device=frames.device)
+    span_of = spans.repeat_interleave(flat_sizes, output_size=batch * width)
 
-    def span_sums(values: Tensor) -> Tensor:  # in the order of the frames, on every device (index_add_ is not)
-        return torch.segment_reduce(values, "sum", lengths=flat_sizes, unsafe=True)
+    def span_sums(values: Tensor) -> Tensor:  # in the order of the frames, which CUDA's index_add_ does not keep
+        if values.is_cuda:
+            return torch.segment_reduce(values, "sum", lengths=flat_sizes, unsafe=True)
+        return values.new_zeros(len(flat_sizes), *values.shape[1:]).index_add_(0, span_of, values)
 
     density = density.flatten()
-    silent = (span_sums(density) == 0).repeat_interleave(flat_sizes, output_size=batch * width)
-    density = density.masked_fill(silent, 1.0)
+    density = density.masked_fill((span_sums(density) == 0)[span_of], 1.0)
     means = span_sums(frames.reshape(-1, dim) * density[:, None]) / (span_sums(density) + 1e-7)[:, None]
     return means.unflatten(0, (batch, -1))
 
