@@ -24,6 +24,7 @@ from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGen
 from fastlongspeech.cost import QWEN2_AUDIO_7B
 
 RESULTS = Path(__file__).parent / "results"
+REPEATS, LIMIT = 5, 120.0
 FRAMES_PER_SECOND = 25
 MEL_FRAMES_PER_SECOND = 100
 MEL_FRAMES_PER_WINDOW = 3000
@@ -56,8 +57,8 @@ def parse(description: str, argv: Sequence[str] | None, models: tuple[str, str] 
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=found, help="such as cpu, cuda or cuda:1 (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed runs after one to warm up")
-    parser.add_argument("--limit", type=float, default=120, metavar="S", help="leave out what a run of takes longer")
+    parser.add_argument("--repeats", type=int, default=REPEATS, metavar="N", help="timed runs after one to warm up")
+    parser.add_argument("--limit", type=float, default=LIMIT, metavar="S", help="leave out what a run of takes longer")
     parser.add_argument("--output", type=Path, help="file of results (default: in benchmarks/results/; --quick: none)")
     parser.add_argument("--resume", action="store_true", help="keep the cases that the file of results has")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and one run, to see that it works")
@@ -199,6 +200,8 @@ class Benchmark:
             "command": " ".join(
                 [f"python -m fastlongspeech.benchmarks.{name} --device {arguments.device}"]
                 + ([f"--model {model}"] if model else [])
+                + ([f"--repeats {arguments.repeats}"] if arguments.repeats != REPEATS else [])
+                + ([f"--limit {arguments.limit:g}"] if arguments.limit != LIMIT else [])
             ),
             "machine": describe_machine(arguments.device),
             "rows": [],
