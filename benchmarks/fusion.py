@@ -8,9 +8,9 @@ paper's release, or their product. All results are compared, in float32: where t
 frame must be the same to 1e-4 of the largest element; where two similarities are equal but for rounding, the choice
 may differ.
 
-A profile of 750 frames on a CPU showed what one round lost to the loop with one matrix: segment_reduce, which sums on
-a GPU in a fixed order, takes ten times as long on a CPU as index_add_, which has a fixed order there; and logits of all
-frames at once do not stay in the cache. Each now has its way on each device.
+A profile of 750 frames on a CPU showed what one round lost to the loop with one matrix: segment_reduce, which sums in
+a fixed order on a GPU, takes ten times as long on a CPU as index_add_, whose order is fixed there; and the logits of
+all frames at once do not stay in the cache. Each now has its way on each device.
 """
 
 import sys
