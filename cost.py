@@ -78,7 +78,7 @@ ELEMENTWISE = {
     aten.mul: _per_result,
     aten.div: _per_result,
     aten.sum: _per_element,
-    aten.segment_reduce: _per_element,
+    aten.index_add_: lambda result, dim, index, source, *_, **__: prod(source),
     aten.linalg_vector_norm: lambda shape, *_, **__: 2 * prod(shape),
 }
 

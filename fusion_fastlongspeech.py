@@ -196,7 +196,7 @@ def weighted_means(frames: Tensor, density: Tensor, sizes: Tensor) -> Tensor:
         return values.new_zeros(len(flat_sizes), *values.shape[1:]).index_add_(0, span_of, values)
 
     density = density.flatten()
-    density = density.masked_fill((span_sums(density) == 0)[span_of], 1.0)
+    density = density.masked_fill((span_sums(density) == 0).gather(0, span_of), 1.0)
     means = span_sums(frames.reshape(-1, dim) * density[:, None]) / (span_sums(density) + 1e-7)[:, None]
     return means.unflatten(0, (batch, -1))
 
