@@ -195,10 +195,11 @@ def test_the_projector_says_whether_a_man_or_a_woman_speaks(
     generator = torch.Generator().manual_seed(0)
     is_man = [number % 3 == 0 for number in range(300)]
     frames = [torch.randn(50, 256, generator=generator) for _ in is_man]
-    for rows, man in zip(frames, is_man, strict=True):
-        rows[:, 7] += 1.0 if man else -1.0
+    for rows, spoken_by_man in zip(frames, is_man, strict=True):
+        rows[:, 7] += 1.0 if spoken_by_man else -1.0
     base_join.tell_voices(model, packer, [rows.half() for rows in frames], is_man)
-    man, woman = (model.get_input_embeddings().weight[packer.words(word)[0]] for word in ("man", "woman"))
+    embeddings = model.model.language_model.embed_tokens.weight
+    man, woman = (embeddings[packer.words(word)[0]] for word in ("man", "woman"))
     with torch.no_grad():
         before, after = (of.model.multi_modal_projector(torch.stack(frames)) for of in (stock_model, model))
     said = after - before
