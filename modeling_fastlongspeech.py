@@ -4,7 +4,7 @@ Follow one recording: 30 s windows -> audio encoder -> frames (25 Hz) -> iterati
 or a rival -> LayerNorm and projector -> the placeholders of the prompt -> language model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -37,8 +37,6 @@ from .placeholders_fastlongspeech import check_placeholders, insert_audio, place
 logger = logging.get_logger(__name__)
 
 MEL_FRAME_SECONDS = 0.01
-# CTC logits held at a time where only a figure of every frame is wanted; a processor's cache holds fewer.
-CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**24}
 
 # Names of Qwen2-Audio's parameters that transformers wrote before 5.0, and the first release of FastLongSpeech; some
 # versions 5.x write one more `model.`.
@@ -198,7 +196,7 @@ class FastLongSpeechModel(Qwen2AudioModel):
                 "transcribe; train it first (fastlongspeech.train.ctc)."
             )
         frames, _, lengths = self.encode_recordings(input_features, feature_attention_mask, windows_per_audio)
-        best = self._by_frame(frames, lambda logits: logits.argmax(-1)).cpu()
+        best = self.ctc_decoder.by_frame(frames, self._ctc_input, lambda logits: logits.argmax(-1)).cpu()
         collapsed = [pieces.unique_consecutive() for pieces in best.split(lengths.tolist())]
         return [pieces[pieces != self.config.ctc_blank].tolist() for pieces in collapsed]
 
@@ -279,14 +277,7 @@ class FastLongSpeechModel(Qwen2AudioModel):
     def _density(self, frames: Tensor) -> Tensor:
         if self.config.content_density == "uniform":
             return torch.ones(frames.shape[:-1], device=frames.device)
-        return self._by_frame(frames, content_density)
-
-    def _by_frame(self, frames: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        """A figure `(...)` of the CTC logits of every frame `(..., D)`, whose logits are held for some at a time."""
-        held = CHUNK_LOGITS.get(frames.device.type, CHUNK_LOGITS["cuda"]) // (self.config.ctc_blank + 1)
-        chunks = frames.flatten(0, -2).split(max(1, held))
-        figures = [self.ctc_decoder(self._ctc_input(chunk), reduce) for chunk in chunks]
-        return torch.cat(figures).view(frames.shape[:-1])
+        return self.ctc_decoder.by_frame(frames, self._ctc_input, content_density)
 
 
 class FastLongSpeechForConditionalGeneration(FastLongSpeechGenerationMixin, Qwen2AudioForConditionalGeneration):

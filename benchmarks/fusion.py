@@ -26,7 +26,6 @@ from fastlongspeech import FastLongSpeechConfig
 from fastlongspeech.encoder_fastlongspeech import FastLongSpeechCTCDecoder, FastLongSpeechEncoder
 from fastlongspeech.fusion_fastlongspeech import content_density, iterative_fusion
 from fastlongspeech.markdown import table
-from fastlongspeech.modeling_fastlongspeech import CHUNK_LOGITS
 
 from .common import Benchmark, dtype_of, figure, load_config, number, parse, ratio
 
@@ -72,9 +71,8 @@ class Densities(nn.Module):
             self.weight = nn.Parameter(linear.weight @ projector.weight)
             self.bias = nn.Parameter(linear.weight @ projector.bias)
 
-    def ours(self, frames: Tensor) -> Tensor:  # as the model does
-        chunks = frames.flatten(0, -2).split(CHUNK_LOGITS[frames.device.type] // self.decoder.linear.out_features)
-        return torch.cat([self.decoder(self.norm(c), reduce=content_density) for c in chunks]).view(frames.shape[:-1])
+    def ours(self, frames: Tensor) -> Tensor:
+        return self.decoder.by_frame(frames, self.norm, content_density)
 
     def two(self, frames: Tensor) -> Tensor:
         chunks = self.norm(frames).split(CHUNK)

@@ -91,10 +91,9 @@ def passage_loss(
         if as_heard:
             misheard = torch.rand(len(tokens), 1) * (torch.rand(len(tokens), 1) < rng.uniform(0, 0.15))
             said = said.lerp(said[torch.randperm(len(tokens))], misheard.to(model.device))
-            places = torch.randperm(2 * length)[: len(tokens)].sort().values // 2
-            said = said / places.bincount()[places, None].to(model.device)
-        else:
-            places = torch.randperm(length)[: len(tokens)].sort().values
+        most = 2 if as_heard else 1  # words that may share a position, which then holds their mean
+        places = torch.randperm(most * length)[: len(tokens)].sort().values // most
+        said = said / places.bincount()[places, None].to(model.device)
         audio = embedding.weight.new_zeros(length, embedding.weight.shape[1])
         if noise is not None:
             audio = torch.randn(audio.shape).to(model.device) * noise

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2AudioForConditionalGeneration
 
-from fastlongspeech import FastLongSpeechForConditionalGeneration, modeling_fastlongspeech
+from fastlongspeech import FastLongSpeechForConditionalGeneration, encoder_fastlongspeech
 
 Model = FastLongSpeechForConditionalGeneration
 Inputs = dict[str, Tensor]
@@ -66,5 +66,5 @@ def test_the_density_is_the_same_by_one_matrix_a_few_frames_at_a_time(
         hidden = model.model.audio_tower.layer_norm(frames)
         exact = 1 - model.model.ctc_decoder(hidden).double().softmax(-1)[..., -1]
         torch.testing.assert_close(model.model._density(frames).double(), exact, rtol=1e-5, atol=1e-6)
-        monkeypatch.setitem(modeling_fastlongspeech.CHUNK_LOGITS, "cpu", 100)
+        monkeypatch.setitem(encoder_fastlongspeech.CHUNK_LOGITS, "cpu", 100)
         torch.nn.init.normal_(model.model.ctc_decoder.projector.weight)

@@ -14,6 +14,8 @@ from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncod
 from .configuration_fastlongspeech import FastLongSpeechConfig
 
 MEL_FRAMES_PER_FRAME = 4
+# CTC logits held at a time where only a figure of every frame is wanted; a processor's cache holds fewer.
+CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**24}
 
 
 class EncodedRecordings(NamedTuple):
@@ -151,6 +153,17 @@ class FastLongSpeechCTCDecoder(nn.Module):
         else:
             logits = F.linear(hidden_states, *self._multiplied(projector))
         return logits if reduce is None else reduce(logits)
+
+    def by_frame(
+        self, frames: Tensor, prepare: Callable[[Tensor], Tensor], reduce: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Returns what `reduce` makes of the logits of frames `(..., D)`, `(...)`; those of some are held at a time.
+
+        `prepare` makes the decoder's input of frames `(N, D)`.
+        """
+        held = CHUNK_LOGITS.get(frames.device.type, CHUNK_LOGITS["cuda"]) // self.linear.out_features
+        chunks = frames.flatten(0, -2).split(max(1, held))
+        return torch.cat([self(prepare(chunk), reduce) for chunk in chunks]).view(frames.shape[:-1])
 
     def loss(
         self, hidden_states: Tensor, lengths: Tensor, ctc_labels: Tensor, num_items_in_batch: Tensor | int | None
