@@ -2,9 +2,9 @@
 
     python -m fastlongspeech.evaluation.demo_set work/demo-set
 
-164 recordings of a mean of 133 s, the longest of 1000 s, four to six questions each (`long/qa.jsonl`); clips under
-30 s with questions about facts (`short/qa.jsonl`), transcripts (`short/asr.jsonl`) and the question whether a man or a
-woman speaks (`short/voice.jsonl`). Needs espeak-ng and flite, and the extra `demo`.
+In `long/`, 164 recordings of a mean of 133 s, the longest of 1000 s; in `short/`, 200 clips under 30 s. In each,
+`qa.jsonl` has the questions about facts, three to five on a long recording, `voice.jsonl` the question whether a man
+or a woman speaks, and `asr.jsonl` the transcripts of the clips. Needs espeak-ng and flite, and the extra `demo`.
 
 Every recording depends on its part and number alone, and one that is there is kept: stopped and started again, the
 script makes the same set.
@@ -56,16 +56,12 @@ def write_part(root: Path, part: str, recordings: int, workers: int) -> None:
     folder = root / part
     rows = write_recordings(folder, partial(draw, part), recordings, workers)
     questions = [{"audio": row["audio"], **question} for row in rows for question in row["questions"]]
-    for question in questions:
-        if question["kind"] == "voice":
-            del question["time"]  # it is about the whole recording
-    if part == "long":
-        write_jsonl(folder / "qa.jsonl", questions)
-    else:
-        facts = [question for question in questions if question["kind"] != "voice"]
-        voice = [question | {"choices": GENDERS} for question in questions if question["kind"] == "voice"]
-        write_jsonl(folder / "qa.jsonl", facts)
-        write_jsonl(folder / "voice.jsonl", voice)
+    voice = [question | {"choices": GENDERS} for question in questions if question["kind"] == "voice"]
+    for question in voice:
+        del question["time"]  # it is about the whole recording
+    write_jsonl(folder / "qa.jsonl", [question for question in questions if question["kind"] != "voice"])
+    write_jsonl(folder / "voice.jsonl", voice)
+    if part == "short":
         write_jsonl(folder / "asr.jsonl", [{"audio": row["audio"], "text": row["text"]} for row in rows])
 
 
