@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from .audio_fastlongspeech import FRAME_SECONDS, count_frames, load_recording
 from .configuration_fastlongspeech import FastLongSpeechConfig
-from .cost import QWEN2_AUDIO_7B, ModelCost, recording_seconds
+from .cost import QWEN2_AUDIO_7B, TEXT_TOKENS, ModelCost, recording_seconds
 from .modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
 from .processing_fastlongspeech import FastLongSpeechProcessor
 
@@ -272,6 +272,8 @@ def cost(arguments: argparse.Namespace) -> int:
     durations = {name: recording_seconds(name) for name in arguments.recordings}
     durations |= {f"{seconds:g} s": seconds for seconds in arguments.seconds or []}
     facts = []
+    if not arguments.json:
+        print(f"counted with {TEXT_TOKENS} tokens of text and an answer of {longest} tokens")
     for name, seconds in durations.items():
         costs = counter.recording(seconds, arguments.target_length, answer_tokens=longest)
         unfused = counter.recording(seconds, compression="none", answer_tokens=longest).total
@@ -281,7 +283,9 @@ def cost(arguments: argparse.Namespace) -> int:
             for part, flops in {**costs.flops, "total": costs.total, "without fusion": unfused}.items():
                 print(f"    {part:15}{flops / 1e12:11.4g} TFLOPs {flops / costs.total:7.1%}")
     if arguments.json:
-        print(json.dumps({"answer_tokens": longest, "recordings": facts}, ensure_ascii=False))
+        print(
+            json.dumps({"text_tokens": TEXT_TOKENS, "answer_tokens": longest, "recordings": facts}, ensure_ascii=False)
+        )
     return 0
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -130,6 +130,15 @@ def windows_of(seconds: float, mel_bins: int, device: str, recordings: int = 1) 
     }
 
 
+class Goal(NamedTuple):
+    """What a benchmark was to reach: the ``figure``, what was ``wanted``, ``measured``, and whether it was ``met``."""
+
+    figure: str
+    wanted: str
+    measured: str
+    met: bool
+
+
 class PeakMemory:
     """Counts the most bytes that this process (`"cpu"`, Linux only) or a GPU held inside, beyond those before.
 
@@ -207,7 +216,13 @@ class Benchmark:
             "rows": [],
         }
         if arguments.resume and self.output is not None and self.output.exists():
-            self.results["rows"] = json.loads(self.output.read_text())["rows"]
+            kept = json.loads(self.output.read_text())
+            if differences := changed(kept, self.results):
+                raise SystemExit(
+                    f"{self.output} was measured with another {', '.join(differences)}; leave --resume out to measure "
+                    "all of it again."
+                )
+            self.results = kept
         self._seconds_per_work: dict[str, float] = {}
 
     def measure(
@@ -228,12 +243,15 @@ class Benchmark:
                 before, is left out.
             needs: bytes each takes; where they aren't free, it is left out.
         """
+        works = work if isinstance(work, Mapping) else dict.fromkeys(calls, work)
         for row in self.results["rows"]:
             if row["case"] == case:
+                for name, call in row["calls"].items():
+                    if "seconds" in call and works.get(name):
+                        self._seconds_per_work[name] = call["seconds"] / works[name]
                 return row
         gc.collect()
         figures: dict[str, Any] = {}
-        works = work if isinstance(work, Mapping) else dict.fromkeys(calls, work)
         all_needs = needs if isinstance(needs, Mapping) else dict.fromkeys(calls, needs)
         device, limit = self.arguments.device, self.arguments.limit
         for name, call in calls.items():
@@ -311,6 +329,13 @@ def describe_machine(device: str) -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 1),
         "date": date.today().isoformat(),
     }
+
+
+def changed(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Returns in what two results of a benchmark can't be compared: the command, or facts of the machine."""
+    facts = sorted((one["machine"].keys() | other["machine"].keys()) - {"date", "load_before"})
+    differences = [fact for fact in facts if one["machine"].get(fact) != other["machine"].get(fact)]
+    return differences + (["command"] if one["command"] != other["command"] else [])
 
 
 def ratio(row: dict[str, Any], name: str, to: str) -> float | None:

@@ -3,7 +3,8 @@
     python -m fastlongspeech.benchmarks.frontend --device cpu
 
 Files of noise in a temporary folder: FLAC at 16 kHz, one channel; WAV and MP3 at 44.1 kHz, two channels, which are
-mixed and resampled. The features are compared with those of transformers' extractor for all windows at once.
+mixed and resampled. The features are compared with those of transformers' extractor for all windows at once. The
+memory is the GPU's where `--device` is one.
 """
 
 import tempfile

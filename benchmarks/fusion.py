@@ -6,7 +6,7 @@ At the sizes of Qwen2-Audio-7B, with random weights, in float32 on a CPU and bfl
 fused to 400 frames. The loop goes through the recordings one by one, and its CTC decoder has two matrices as in the
 paper's release, or their product. All results are compared, in float32: where two methods chose the same span, its
 frame must be the same to 1e-4 of the largest element; where two similarities are equal but for rounding, the choice
-may differ.
+may differ. The encoder's time is that of one window, of a batch of 8 on a GPU, times the recording's windows.
 
 A profile of 750 frames on a CPU showed what one round lost to the loop with one matrix: segment_reduce, which sums in
 a fixed order on a GPU, takes ten times as long on a CPU as index_add_, whose order is fixed there; and the logits of
@@ -27,7 +27,7 @@ from fastlongspeech.encoder_fastlongspeech import FastLongSpeechCTCDecoder, Fast
 from fastlongspeech.fusion_fastlongspeech import content_density, iterative_fusion
 from fastlongspeech.markdown import table
 
-from .common import Benchmark, dtype_of, figure, load_config, number, parse, ratio
+from .common import Benchmark, Goal, dtype_of, figure, free_bytes, load_config, number, parse, ratio
 
 TARGET_LENGTH = 400
 FRAMES = (750, 1500, 3319, 9000, 22_500, 90_000, 900_000)
@@ -101,19 +101,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     benchmark = Benchmark("fusion", arguments)
     for batch in BATCHES:
         for count in (1200,) if quick else FRAMES:
-            generator = torch.Generator(device).manual_seed(count)
-            # Neighbours are alike, as in speech.
-            slow = torch.randn(batch, count // 4 + 1, width, generator=generator, device=device)
-            frames = slow.repeat_interleave(4, dim=1)[:, :count]
-            frames = frames + 0.5 * torch.randn(frames.shape, generator=generator, device=device)
-            frames = frames.to(dtype_of(device))
+            needed = 5 * 4.0 * batch * count * width
+            shape = (batch, count if needed <= free_bytes(device) else 0, width)  # what does not fit is never called
+            frames = alike(shape, device).to(dtype_of(device))
             calls: dict[str, Callable[[], Any]] = {
                 OURS: partial(fuse, frames, density),
                 TWO: partial(loop, frames, TARGET_LENGTH, density.two),
                 ONE: partial(loop, frames, TARGET_LENGTH, density.one),
             }
             work = dict.fromkeys(calls, float(batch * count))
-            needs = dict.fromkeys(calls, 5 * 4.0 * batch * count * width)
+            needs = dict.fromkeys(calls, needed)
             if batch == 1:
                 calls[ENCODER] = partial(encoder, features, mel_frames)
                 work[ENCODER], needs[ENCODER] = 0, 0
@@ -127,6 +124,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     )
     print(report(benchmark.results))
     return benchmark.results
+
+
+def alike(shape: tuple[int, int, int], device: str) -> Tensor:
+    """Returns random frames whose neighbours are alike, as in speech."""
+    batch, count, width = shape
+    generator = torch.Generator(device).manual_seed(count)
+    slow = torch.randn(batch, count // 4 + 1, width, generator=generator, device=device)
+    frames = slow.repeat_interleave(4, dim=1)[:, :count]
+    return frames.add_(torch.randn(frames.shape, generator=generator, device=device), alpha=0.5)
 
 
 def fuse(frames: Tensor, density: Densities) -> Any:
@@ -160,17 +166,31 @@ def share_of_encoder(row: dict[str, Any]) -> float | None:
     return of_windows * row["case"]["windows encoded"] * WINDOW_FRAMES / row["case"]["frames"]
 
 
-def goals(results: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Returns what was to be reached: the figure, the goal and what was measured."""
-    rows = results["rows"]
-    most = "5 %" if "cuda" in results["command"] else "4 %"
-    shares = [share for row in rows if (share := share_of_encoder(row)) is not None]
-    goals = [("density and fusion / encoder", f"at most {most}", f"{max(shares):.1%} at most")] if shares else []
+def goals(results: dict[str, Any]) -> list[Goal]:
+    """Returns what was to be reached: the worst figure of all cases that were measured."""
+    most = 0.05 if "cuda" in results["command"] else 0.04
+    shares = measured(results, share_of_encoder)
+    goals = []
+    if shares:
+        worst, case = max(shares)
+        said = f"{worst:.1%} at most ({case})"
+        goals.append(Goal("density and fusion / encoder", f"at most {most:.0%}", said, worst <= most))
     for loop, least in ((TWO, 3), (ONE, 1)):
-        ratios = [measured for row in rows if (measured := ratio(row, loop, OURS)) is not None]
+        ratios = measured(results, partial(ratio, name=loop, to=OURS))
         if ratios:
-            goals.append((f"{loop} / ours", f"at least {least}", f"{min(ratios):.2f} at least"))
+            worst, case = min(ratios)
+            goals.append(Goal(f"{loop} / ours", f"at least {least}", f"{worst:.2f} at least ({case})", worst >= least))
     return goals
+
+
+def measured(results: dict[str, Any], value: Callable[[dict[str, Any]], float | None]) -> list[tuple[float, str]]:
+    """Returns a figure of every case that has it, and what case that is."""
+    found = []
+    for row in results["rows"]:
+        figure = value(row)
+        if figure is not None:
+            found.append((figure, f"{row['case']['frames']:,} frames, batch {row['case']['batch']}"))
+    return found
 
 
 def report(results: dict[str, Any]) -> str:

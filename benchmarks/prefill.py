@@ -22,6 +22,7 @@ from fastlongspeech.markdown import table
 from .common import (
     FRAMES_PER_SECOND,
     Benchmark,
+    Goal,
     figure,
     load_model,
     number,
@@ -64,9 +65,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             calls[STOCK] = partial(stock.generate, **inputs, max_new_tokens=1, do_sample=False)
         work = {name: float(batch * costs.total) for name, costs in counted.items()}
         needs = {name: batch * cache_bytes(model, costs.tokens) for name, costs in counted.items()}
-        row = benchmark.measure(
-            {"batch": batch, "seconds": seconds}, calls, work | {STOCK: 0.0}, needs | {STOCK: needs[EVERY_FRAME]}
-        )
+        # The stock model has logits at every position, in its own dtype and in float32.
+        logits = batch * (counted[EVERY_FRAME].tokens + TEXT_TOKENS) * model.config.get_text_config().vocab_size * 8.0
+        work[STOCK], needs[STOCK] = work[EVERY_FRAME], needs[EVERY_FRAME] + logits
+        row = benchmark.measure({"batch": batch, "seconds": seconds}, calls, work, needs)
         benchmark.note(row, tflops={name: batch * costs.total / 1e12 for name, costs in counted.items()})
     print(report(benchmark.results))
     return benchmark.results
@@ -97,8 +99,8 @@ def cache_bytes(model: Any, tokens: int) -> float:
     return 2.0 * text.num_hidden_layers * text.num_key_value_heads * head * tokens * model.dtype.itemsize
 
 
-def goals(results: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Returns what was to be reached: the figure, the goal and what was measured."""
+def goals(results: dict[str, Any]) -> list[Goal]:
+    """Returns what was to be reached. The ratios of 133 s are goals for 7B on a GPU; elsewhere they stand beside."""
     goals = []
     times = {}
     for row in results["rows"]:
@@ -106,16 +108,31 @@ def goals(results: dict[str, Any]) -> list[tuple[str, str, str]]:
             measured = ratio(row, name, EVERY_FRAME)
             if row["case"] == {"batch": 1, "seconds": 133} and measured is not None:
                 counted = row["tflops"][name] / row["tflops"][EVERY_FRAME]
+                met = abs(measured / counted - 1) <= 0.15
                 wanted = f"{counted:.2f}, as counted, to 15 %"
-                goals.append((f"{name} / every frame, 133 s", wanted, f"{measured:.2f}"))
+                goals.append(Goal(f"{name} / every frame, 133 s", wanted, f"{measured:.2f}", met))
         call = row["calls"]["ours, L = 400"]
         if row["case"]["batch"] == 1 and row["case"]["seconds"] >= 600 and "seconds" in call:
             times[row["case"]["seconds"]] = call["seconds"]
     if len(times) > 1:
         short, long = min(times), max(times)
         growth = log(times[long] / times[short]) / log(long / short)
-        goals.append((f"ours, L = 400, {short} s to {long} s", "time as duration^1", f"duration^{growth:.2f}"))
+        wanted, said = "time grows as duration^1, to 0.1", f"duration^{growth:.2f}"
+        goals.append(Goal(f"ours, L = 400, {short} s to {long} s", wanted, said, abs(growth - 1) <= 0.1))
     return goals
+
+
+def series(results: dict[str, Any]) -> tuple[dict[str, list], dict[str, list]]:
+    """Returns the seconds and the MB of every method against the seconds of a single recording."""
+    lines: tuple[dict[str, list], dict[str, list]] = ({}, {})
+    for of_all, field, scale in zip(lines, ("seconds", "bytes"), (1, 1e6), strict=True):
+        for name in [*METHODS, STOCK]:
+            of_all[name] = [
+                (row["case"]["seconds"], row["calls"][name][field] / scale)
+                for row in results["rows"]
+                if row["case"]["batch"] == 1 and row["calls"].get(name, {}).get(field)
+            ]
+    return lines
 
 
 def report(results: dict[str, Any]) -> str:

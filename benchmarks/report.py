@@ -29,20 +29,22 @@ SECTIONS: dict[str, tuple[str, Any]] = {
     "recording": ("From a file to the first token", recording),
     "trials": ("What was tried on the encoder", trials),
 }
+PLOTTED = ("prefill", "recording")
 WITH_GOALS: dict[str, Any] = {"fusion": fusion, "prefill": prefill, "recording": recording}
 HEAD = """# Cost and speed
 
 Written by `python -m fastlongspeech.benchmarks.report` from the files in `benchmarks/results/`; each table stands
-under the command that measured it. In a clean clone, `make test` makes the environment for these commands in `.venv`;
-`--device` names another device, and `--quick` shows in seconds that a script works. What a recording of yours costs,
-before it is run:
+under the command that measured it. In a clean clone, `make test` makes the environment for these commands in `.venv`
+(`. .venv/bin/activate`); `--device` names another device, and `--quick` shows in seconds that a script works. What a
+recording of yours costs, before it is run:
 
 ```bash
 fastlongspeech cost interview.mp3 --target-length 400 --model Qwen/Qwen2-Audio-7B-Instruct
 ```
 
-Times are medians over repeats after one run to warm up, and ratios are medians over pairs that ran in turn; memory is
-the peak of a run beyond what was held before it.
+Times are medians over repeats after one run to warm up, and ratios are medians over pairs that ran in turn, unless a
+section says otherwise; memory is the peak of a run beyond what was held before it. "Every frame" is what NTK-RoPE
+reads, whose stretched positions cost nothing by themselves.
 """
 
 
@@ -58,23 +60,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = [(file.stem, json.loads(file.read_text())) for file in files]
     parts = [HEAD.strip()]
     goals = [
-        [figure, place(results), wanted, measured]
+        [goal.figure, place(results), goal.wanted, goal.measured, "yes" if goal.met else "no"]
         for _, results in found
         if results["benchmark"] in WITH_GOALS
-        for figure, wanted, measured in WITH_GOALS[results["benchmark"]].goals(results)
+        for goal in WITH_GOALS[results["benchmark"]].goals(results)
     ]
     if goals:
-        parts += ["## What was to be reached", table(["figure", "at", "wanted", "measured"], goals)]
+        parts += ["## What was to be reached", table(["figure", "at", "wanted", "measured", "met"], goals)]
+    if missing := not_measured([results for _, results in found]):
+        parts.append(f"Not measured yet: {'; '.join(missing)}.")
     for name, (title, module) in SECTIONS.items():
         of_section = [(stem, results) for stem, results in found if results["benchmark"] == name]
         if of_section:
             parts += [f"## {title}", explanation(module)]
         for stem, results in of_section:
             parts += [f"```bash\n{results['command']}\n```", machine(results["machine"]), module.report(results)]
-            if name == "prefill":
+            if name in PLOTTED:
                 draw(results, arguments.docs / f"{stem}.svg")
                 parts.append(f"![Seconds and memory against duration]({stem}.svg)")
     (arguments.docs / "performance.md").write_text("\n\n".join(parts) + "\n")
+
+
+def not_measured(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns which benchmarks have no results on a CPU, and which on a GPU."""
+    there = {(results["benchmark"], "--device cpu" in results["command"]) for results in found}
+    missing = []
+    for place, on_cpu in (("on a CPU", True), ("on a GPU", False)):
+        names = [name for name in SECTIONS if name != "flops" and (name, on_cpu) not in there]
+        missing += [f"{place} {', '.join(names)}"] if names else []
+    return missing
 
 
 def explanation(module: Any) -> str:
@@ -99,22 +113,18 @@ def machine(facts: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Writes a plot of seconds and of memory against duration, both logarithmic, of every method."""
+    """Writes a plot of seconds and of memory against duration, both logarithmic, of every method or part."""
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
-    for axis, field, scale, label in ((axes[0], "seconds", 1, "s"), (axes[1], "bytes", 1e6, "MB")):
-        for name in [*prefill.METHODS, prefill.STOCK]:
-            points = [
-                (row["case"]["seconds"], row["calls"][name][field] / scale)
-                for row in results["rows"]
-                if row["case"]["batch"] == 1 and row["calls"].get(name, {}).get(field)
-            ]
+    seconds, memory = SECTIONS[results["benchmark"]][1].series(results)
+    for axis, lines, label in ((axes[0], seconds, "s"), (axes[1], memory, "MB")):
+        for name, points in lines.items():
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
         axis.set(xscale="log", yscale="log", xlabel="recording, s", ylabel=label)
         axis.grid(True, which="both", linewidth=0.3)
+        axis.legend(fontsize=8)
     axes[0].set_title("Time to the first token")
-    axes[1].set_title("Peak memory beyond weights and mel features")
-    axes[0].legend(fontsize=8)
+    axes[1].set_title("Peak memory beyond weights and what is given")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)

@@ -28,7 +28,8 @@ def test_every_benchmark_runs_and_the_page_holds_its_table(tmp_path, capsys):
     report.main(["--results", str(results), "--docs", str(tmp_path)])
     page = (tmp_path / "performance.md").read_text()
     assert [table for table in tables if table not in page] == []
-    assert (tmp_path / "prefill.svg").read_text().count("ours, L = 400") == 1
+    assert "ours, L = 400" in (tmp_path / "prefill.svg").read_text() and (tmp_path / "recording.svg").exists()
+    assert "\n\nNot measured yet: on a GPU fusion, encoder, prefill," in page
 
 
 def test_goals_are_the_worst_figures():
@@ -39,9 +40,12 @@ def test_goals_are_the_worst_figures():
 
     results = {"command": "--device cpu", "rows": [row(750, 0.1, 0.4, 10.0), row(7500, 2.0, 7.0, 10.0)]}
     assert fusion.goals(results) == [
-        ("density and fusion / encoder", "at most 4 %", "4.0% at most"),  # 2 s to the 50 s of ten windows
-        ("loop, two matrices / ours", "at least 3", "3.50 at least"),
+        # 2 s to the 50 s of ten windows
+        ("density and fusion / encoder", "at most 4%", "4.0% at most (7,500 frames, batch 1)", True),
+        ("loop, two matrices / ours", "at least 3", "3.50 at least (7,500 frames, batch 1)", True),
     ]
+    results["rows"].append(row(100, 0.2, 0.4, 10.0))
+    assert [goal.met for goal in fusion.goals(results)] == [False, False]
 
 
 def test_growth_is_that_of_the_long_recordings():
@@ -49,7 +53,9 @@ def test_growth_is_that_of_the_long_recordings():
         {"case": {"batch": 1, "seconds": seconds}, "calls": {"ours, L = 400": {"seconds": time, "runs": [time]}}}
         for seconds, time in ((10, 5.0), (600, 2.0), (2400, 8.0))
     ]
-    assert prefill.goals({"rows": rows}) == [("ours, L = 400, 600 s to 2400 s", "time as duration^1", "duration^1.00")]
+    assert prefill.goals({"rows": rows}) == [
+        ("ours, L = 400, 600 s to 2400 s", "time grows as duration^1, to 0.1", "duration^1.00", True)
+    ]
 
 
 def test_a_page_of_nothing_is_refused(tmp_path):
@@ -90,11 +96,16 @@ def test_what_would_take_too_long_or_too_much_is_left_out_and_named(benchmark):
     assert row["calls"]["quick"] == {"left_out": "needs 1000000000 GB"}
 
 
-def test_resume_keeps_the_cases_that_are_there(benchmark):
-    first = benchmark.measure({"size": 1}, {"a": lambda: None})
-    arguments = parse("", ["--device", "cpu", "--output", str(benchmark.output), "--resume"])
-    again = Benchmark("a", arguments).measure({"size": 1}, {"a": lambda: pytest.fail("measured again")})
-    assert again == first
+def test_resume_keeps_the_cases_that_are_there_and_knows_how_long_they_took(benchmark):
+    pause = threading.Event()
+    first = benchmark.measure({"size": 1}, {"slow": lambda: pause.wait(0.1)}, work=1.0)
+    words = ["--device", "cpu", "--repeats", "3", "--output", str(benchmark.output), "--resume"]
+    resumed = Benchmark("a", parse("", [*words, "--limit", "1"]))
+    assert resumed.measure({"size": 1}, {"slow": lambda: pytest.fail("measured again")}, work=1.0) == first
+    row = resumed.measure({"size": 100}, {"slow": lambda: pytest.fail("too long")}, work=100.0)
+    assert row["calls"]["slow"]["left_out"].startswith("a run would take")
+    with pytest.raises(SystemExit, match="was measured with another command; leave --resume out"):
+        Benchmark("a", parse("", [*words, "--limit", "2"]))
 
 
 def test_peak_memory_is_what_was_taken_inside():
