@@ -4,6 +4,7 @@ Follow one batch: recordings -> frames -> embeddings, of each recording once -> 
 recording read once for all its questions -> greedy answers. A batch answers as its questions would one by one.
 """
 
+import re
 from collections.abc import Sequence
 from itertools import groupby
 from os.path import commonprefix  # of any lists
@@ -156,10 +157,15 @@ class Answerer:
     def answer(self, questions: Sequence[str], names: Sequence[str], recordings: Sequence[Any]) -> list[Answer]:
         """Returns the answers to questions, each about the recording beside it.
 
+        An answer by a transcript has not ended where a window of it was cut by `TRANSCRIPT_TOKENS`.
+
         Args:
             questions: one for every answer.
             names: of the recordings; the same name is the same recording, which is heard once.
             recordings: as `load_recording` takes them.
+
+        Raises:
+            ValueError: a transcript is too long for the language model.
         """
         self._heard = {name: self._heard[name] for name in names if name in self._heard}
         new = {name: audio for name, audio in zip(names, recordings, strict=True) if name not in self._heard}
@@ -167,21 +173,37 @@ class Answerer:
             self._heard |= dict(zip(new, self._hear(new), strict=True))
         heard = [self._heard[name] for name in names]
         if self.method == "ctc":
-            return [Answer(transcript, True) for transcript in heard]
-        if self.cascade_prompt is not None:
-            questions = [
-                self.cascade_prompt.format(transcript=transcript, question=question)
-                for transcript, question in zip(heard, questions, strict=True)
-            ]
-            heard = [None] * len(questions)
-        answers = ask(self.model, self.processor, questions, heard, self.max_new_tokens)
-        return [Answer(text.strip(), ended) for text, ended in answers]
+            return heard
+        if self.cascade_prompt is None:
+            answers = ask(self.model, self.processor, questions, heard, self.max_new_tokens)
+            return [Answer(text.strip(), ended) for text, ended in answers]
+        questions = [
+            self._fill(transcript.text, question) for transcript, question in zip(heard, questions, strict=True)
+        ]
+        answers = ask(self.model, self.processor, questions, [None] * len(questions), self.max_new_tokens)
+        return [
+            Answer(text.strip(), ended and transcript.ended)
+            for (text, ended), transcript in zip(answers, heard, strict=True)
+        ]
+
+    def _fill(self, transcript: str, question: str) -> str:
+        """Returns what a cascade asks; all braces but its two fields are text."""
+        fields = {"{transcript}": transcript, "{question}": question}
+        filled = re.sub(r"\{(transcript|question)\}", lambda field: fields[field[0]], self.cascade_prompt or "")
+        tokens = len(self.processor.tokenizer(make_prompt(self.processor, filled, False)).input_ids)
+        limit = self.model.config.get_text_config().max_position_embeddings
+        if tokens + self.max_new_tokens > limit:
+            raise ValueError(
+                f"a transcript makes a prompt of {tokens} tokens, and with max_new_tokens {self.max_new_tokens} more "
+                f"than the language model's {limit}; leave out longer recordings with --max-seconds."
+            )
+        return filled
 
     def _hear(self, recordings: dict[str, Any]) -> list[Any]:
         """Returns the embeddings of recordings by their names, or their transcripts."""
         if self.method in ("ctc", "ctc_cascade"):
             inputs = self.processor(audio=list(recordings.values())).to(self.model.device)
-            return self.processor.ctc_decode(self.model.ctc_transcribe(**inputs))
+            return [Answer(text, True) for text in self.processor.ctc_decode(self.model.ctc_transcribe(**inputs))]
         encoded = self._encode(recordings)
         if self.method == "cascade":
             return [self._transcribe(recording) for recording in encoded]
@@ -205,16 +227,16 @@ class Answerer:
         features = self.model.model.compress(together, self.target_length, self.compression)
         return list(features.pooler_output.split(features.audio_lengths.tolist()))
 
-    def _transcribe(self, encoded: EncodedRecordings) -> str:
+    def _transcribe(self, encoded: EncodedRecordings) -> Answer:
         """Returns what the language model writes down of a recording, window by window, with every frame."""
         window_of = encoded.mel_starts // self.processor.feature_extractor.nb_max_frames
         windows = _split(encoded, window_of.bincount())
-        texts, size = [], self.model.config.windows_per_batch
+        written: list[Answer] = []
+        size = self.model.config.windows_per_batch
         for first in range(0, len(windows), size):
             heard = self._compress(windows[first : first + size])
-            answers = ask(self.model, self.processor, [TRANSCRIBE] * len(heard), heard, TRANSCRIPT_TOKENS)
-            texts += [answer.text.strip() for answer in answers]
-        return " ".join(texts)
+            written += ask(self.model, self.processor, [TRANSCRIBE] * len(heard), heard, TRANSCRIPT_TOKENS)
+        return Answer(" ".join(text.strip() for text, _ in written), all(ended for _, ended in written))
 
 
 def _split(encoded: EncodedRecordings, lengths: Tensor) -> list[EncodedRecordings]:

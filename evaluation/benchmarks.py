@@ -100,7 +100,7 @@ def load_benchmark(
     form = TASKS[task]
     path, _, split = str(source).partition("#")
     root = Path(path).parent if audio_root is None else Path(audio_root)
-    label, first, raw = "row", 0, _raw_rows(path, split, None if task == "air-bench" else subset)
+    label, first, raw = "row", 0, _raw_rows(path, split, None if task == "air-bench" else subset, root)
     if path.endswith(".jsonl"):
         label, first = "line", 1
     if task == "air-bench" and subset is not None:
@@ -114,6 +114,8 @@ def load_benchmark(
         checked = check_rows(formed, str(source), ["audio"], label, first)
         formed = [row for row in formed if row is not None]
     else:
+        if audio_root is not None:
+            raise ValueError(f"audio_root is {audio_root}, but {source} holds its recordings itself; leave it out.")
         raw = raw if limit is None else raw.select(range(min(limit, len(raw))))
         notes = raw.remove_columns("audio").to_list()
         formed = [form(row | {"audio": None}, root) for row in notes]
@@ -142,8 +144,8 @@ def load_benchmark(
     return Benchmark(metric, fitting, checked.rows, len(examples) - len(fitting))
 
 
-def _raw_rows(path: str, split: str, subset: str | None) -> Any:
-    """Returns a list of objects, or a `datasets.Dataset` with encoded `audio`."""
+def _raw_rows(path: str, split: str, subset: str | None, root: Path) -> Any:
+    """Returns a list of objects, a manifest's with recordings under `root`, or a `datasets.Dataset` with `audio`."""
     import datasets
 
     if Path(path).is_file():
@@ -155,7 +157,7 @@ def _raw_rows(path: str, split: str, subset: str | None) -> Any:
         if path.endswith(".csv"):
             with open(path, encoding="utf-8-sig", newline="") as lines:
                 return list(csv.DictReader(lines))
-        return manifest_rows(Path(path))
+        return manifest_rows(Path(path), root)
     if Path(path).is_dir():
         found = open_folder(path, split)
     else:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .chat import Chat, fill, find_object
+from .chat import Chat, PromptRefused, fill, find_object
 from .journal import Journal, read_journal
 
 RUBRIC = """\
@@ -62,7 +62,7 @@ def parse_score(reply: str) -> float | None:
 
 
 def judge(predictions: Sequence[dict[str, Any]], chat: Chat, template: str, path: Path, workers: int) -> list[Any]:
-    """Returns the score of every prediction, None where the judge's reply has none.
+    """Returns the score of every prediction, None where the judge's reply has none or its endpoint refused the prompt.
 
     Every verdict is saved as it comes, with the reply; what is already saved of this judge and the same prompt is not
     asked again.
@@ -75,7 +75,7 @@ def judge(predictions: Sequence[dict[str, Any]], chat: Chat, template: str, path
         workers: requests at a time.
 
     Raises:
-        ValueError: the endpoint failed.
+        ValueError: the endpoint failed, or refused every prompt.
     """
     prompts = [
         fill(template, question=row["question"], reference=" / ".join(row["answers"]), response=row["prediction"])
@@ -85,11 +85,18 @@ def judge(predictions: Sequence[dict[str, Any]], chat: Chat, template: str, path
     scores = {verdict["key"]: verdict["score"] for verdict in read_journal(path)}
     waiting = {key: number for number, key in enumerate(keys) if key not in scores}
     with Journal(path) as journal, ThreadPoolExecutor(workers) as pool:
+        refused = []
         futures = {pool.submit(chat.ask, prompts[number]): key for key, number in waiting.items()}
         bar = tqdm(as_completed(futures), total=len(futures), desc="judging", unit="answer", disable=not futures)
         try:
             for future in bar:
-                key, reply = futures[future], future.result()
+                key = futures[future]
+                try:
+                    reply = future.result()
+                except PromptRefused as error:
+                    scores[key] = None
+                    refused.append(error)
+                    continue
                 scores[key] = parse_score(reply)
                 row = predictions[waiting[key]].get("row")
                 journal.append({"key": key, "row": row, "judge": chat.model, "score": scores[key], "reply": reply})
@@ -97,4 +104,6 @@ def judge(predictions: Sequence[dict[str, Any]], chat: Chat, template: str, path
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    if refused and all(scores[key] is None for key in keys):
+        raise refused[0]
     return [scores[key] for key in keys]

@@ -66,6 +66,8 @@ Reply with one JSON object and nothing else: {"answerable": true} or {"answerabl
 def read_documents(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     """Returns the documents of JSON-lines files: `id`, `document`, and `questions`, each with its `answers`.
 
+    The id is a digest of the document and all that is asked about it.
+
     Raises:
         ValueError: a line is no JSON, or lacks a document, a question or an answer.
     """
@@ -83,9 +85,10 @@ def read_documents(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
             answers = [answers] if isinstance(answers, str) else answers
             if not (text and question and answers):
                 raise ValueError(f"{path} line {number} lacks a document, a question or an answer; see --help.")
-            key = hashlib.sha1(text.encode()).hexdigest()[:16]
-            document = documents.setdefault(key, {"id": key, "document": text, "questions": []})
+            document = documents.setdefault(text, {"document": text, "questions": []})
             document["questions"].append({"question": question, "answers": answers})
+    for document in documents.values():
+        document["id"] = hashlib.sha1(json.dumps(document).encode()).hexdigest()[:16]
     return list(documents.values())
 
 
@@ -123,7 +126,11 @@ def prepare(document: dict[str, Any], writer: Chat, checker: Chat, words: int) -
     kept, rejected = [], []
     for question in document["questions"]:
         answer = " / ".join(question["answers"])
-        reply = checker.ask(fill(CHECK, text=text, question=question["question"], answer=answer))
+        try:
+            reply = checker.ask(fill(CHECK, text=text, question=question["question"], answer=answer))
+        except PromptRefused as error:
+            rejected.append({"question": question["question"], "reason": str(error)})
+            continue
         verdict = (find_object(reply) or {}).get("answerable")
         if verdict is True:
             kept.append(question)
@@ -197,6 +204,7 @@ def build(documents: Sequence[dict[str, Any]], output: Path, writer: Chat, check
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
+    voice = hashlib.sha1(options["speak"].encode()).hexdigest()[:8]  # another command speaks everything anew
     rows, rejected = [], []
     for document in tqdm(documents, desc="speaking", unit="document"):
         row = prepared[document["id"]]
@@ -204,7 +212,7 @@ def build(documents: Sequence[dict[str, Any]], output: Path, writer: Chat, check
             {"document": row["id"], "begins": document["document"][:80], **fault} for fault in row["rejected"]
         ]
         if row["questions"]:
-            recording = output / "speech" / f"{row['id']}.flac"
+            recording = output / "speech" / f"{row['id']}-{voice}.flac"
             duration = synthesize(row["text"], options["speak"], recording)
             shared = {"audio": str(recording), "duration": duration, "document": row["id"], "text": row["text"]}
             rows += [shared | {"question": said["question"], "answer": said["answers"]} for said in row["questions"]]

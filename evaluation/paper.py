@@ -44,7 +44,7 @@ MODELS = ("fastlongspeech", "stage1", *RIVALS)
 WINDOW = 750  # frames of 30 s: a short recording keeps all of its own
 SECONDS = "seconds.jsonl"
 TIMED, QUICK_TIMED, QUICK_ROWS = 16, 2, 4
-OWN_FIELDS = ("title", "long", "cascade_prompt")  # of a benchmark; the others are arguments of evaluate
+OWN_FIELDS = ("title", "long", "tables", "cascade_prompt")  # of a benchmark; the others are arguments of evaluate
 
 
 class Method(NamedTuple):
@@ -103,8 +103,9 @@ class Recipe:
         models: folder of every one of `MODELS`; rivals that are missing are trained into theirs.
         training: arguments of `fastlongspeech.train.dct` that the rivals share.
         lengths: L of the short benchmarks.
-        benchmarks: by name, the arguments of `fastlongspeech evaluate` that say what is asked, a `title`, and `long`
-            where recordings are longer than a window: these are fused to `WINDOW` frames.
+        benchmarks: by name, the arguments of `fastlongspeech evaluate` that say what is asked; a `title`; `long`
+            where recordings are longer than a window of 30 s: these are fused to `WINDOW` frames; and `tables`, those
+            of the paper's tables 3 and 7 that the benchmark stands in.
         source: the recipe's file.
         quick: whether it is cut down to see that everything works.
     """
@@ -254,7 +255,8 @@ def evaluate(recipe: Recipe, names: Sequence[str], models: Models) -> None:
     for condition in conditions if state.is_main_process else []:
         arguments = parse_arguments(recipe.command(condition))
         benchmark, (chat, template) = opened[condition.benchmark]
-        if chat is not None and "judge" not in json.loads((arguments.output / SUMMARY).read_text())["scores"]:
+        run = json.loads((arguments.output / SUMMARY).read_text())["run"]
+        if chat is not None and (run.get("judge_model"), run.get("judge_prompt")) != (chat.model, template):
             score(arguments, benchmark, chat, template)
 
 
@@ -316,6 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     models, state = Models(), PartialState(cpu=not torch.cuda.is_available())
     if "train" in arguments.steps:
         train(recipe, arguments.models)
+        state.wait_for_everyone()  # until the main process has written the last rival
     if "evaluate" in arguments.steps:
         evaluate(recipe, arguments.models, models)
     if "time" in arguments.steps and state.is_main_process:

@@ -102,19 +102,19 @@ def plot_lengths(results: Results, path: Path) -> bool:
             interval = mean_of(results.rows(name, method), metric)
             if interval is not None:
                 axis.axhline(interval["value"], color="black", linewidth=1, linestyle=style, label=method.name)
-        axis.set(title=results.recipe.benchmarks[name].get("title", name), ylabel=METRICS[metric][0])
+        axis.set(title=results.title(name), ylabel=METRICS[metric][0])
         if metric == "word_errors":
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_locator(NullLocator())
-    cost = axes[len(names)]
+    cost, (sign, size) = axes[len(names)], results.unit(names[0])
     counted = {method.compression: method for method in reversed(AT_LENGTHS)}
     for compression, method in reversed(counted.items()):
         flops = [(n, results.flops(names[0], method, n)) for n in lengths]
-        points = [(n, value / 1e9) for n, value in flops if value is not None]
+        points = [(n, value / size) for n, value in flops if value is not None]
         cost.plot(*zip(*points, strict=True), marker="o", markersize=4, color=COLORS[compression])
-    cost.set(title="Cost, counted", ylabel="GFLOPs to the first token")
+    cost.set(title=f"Cost, counted: {results.title(names[0])}", ylabel=f"{sign} to the first token")
     cost.set_ylim(bottom=0)
     for axis in axes[: len(names) + 1]:
         axis.set(xlabel="L, frames a recording is shortened to", xscale="log")

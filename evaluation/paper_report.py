@@ -3,19 +3,21 @@
 Only the blocks between its markers are written; all else on the page is kept.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from shlex import join
 from statistics import mean
 from textwrap import fill
 
 from ..cost import TEXT_TOKENS
-from ..markdown import table
+from ..markdown import insert_blocks, table
 from .paper import (
     AT_LENGTHS,
     BASELINE,
     CASCADES,
     CTC,
     MERGING,
+    MODELS,
     NTK_ROPE,
     ONE_STEP,
     OURS,
@@ -33,7 +35,8 @@ from .paper import (
     Recipe,
 )
 from .paper_plots import DURATIONS, FIFTHS, binned, plot_lengths, plot_long
-from .paper_results import DASH, METRICS, Results, cell, difference
+from .paper_results import DASH, METRICS, Results, Rows, cell, difference
+from .scoring import mean_with_interval
 
 HEAD = """# The paper's tables, again
 
@@ -44,6 +47,7 @@ HEAD = """# The paper's tables, again
 PAPER = "paper: score, 1 to 5"
 # The paper's figures; its scores are those of a judge, 1 to 5.
 TABLE_1 = {RANDOM: 2.54, SIMILAR: 3.08, POOLING: 3.10, NTK_ROPE: 3.44, OURS: 3.55}
+ALL_LONG = f"All compressions shorten the recordings to L = {WINDOW} frames."
 BEYOND_TABLE_1 = (MERGING, PLAIN_FUSION, POOLING_TRAINED, SIMILAR_TRAINED, STAGE1, *CASCADES)
 TABLE_2 = {
     "FastLongSpeech": (OURS, 3.55),
@@ -84,34 +88,14 @@ def write_report(recipe: Recipe) -> None:
         "lengths": lengths(results),
         "table 1": table_1(results),
         "table 2": table_2(results),
-        "table 3": costs(results, "Table 3: score and cost of shorter clips", TABLE_3, "LibriTTS of OpenASQA"),
+        "table 3": costs(results, 3, "score and cost of shorter clips", TABLE_3, "LibriTTS of OpenASQA"),
         "table 4": table_4(results),
         "table 5": table_5(results),
-        "table 7": costs(results, "Table 7: fusion after stage 1 only", TABLE_7, "speech_dialogue_QA_fisher"),
+        "table 7": costs(results, 7, "fusion after stage 1 only", TABLE_7, "speech_dialogue_QA_fisher"),
         "long": long_recordings(results),
     }
     text = recipe.page.read_text(encoding="utf-8") if recipe.page.exists() else HEAD
-    recipe.page.write_text(insert_blocks(text, blocks, str(recipe.page)), encoding="utf-8")
-
-
-def insert_blocks(text: str, blocks: dict[str, str], where: str) -> str:
-    """Returns a page with the blocks in the place of those of the same name, new ones at the end.
-
-    Raises:
-        ValueError: a block of the page has no end.
-    """
-    for name, content in blocks.items():
-        begin, end = f"<!-- begin {name} (evaluation/paper.py) -->", f"<!-- end {name} -->"
-        block = f"{begin}\n\n{content}\n\n{end}"
-        before, found, rest = text.partition(begin)
-        if not found:
-            text = f"{text.rstrip()}\n\n{block}\n"
-            continue
-        _, found, after = rest.partition(end)
-        if not found:
-            raise ValueError(f"{where} has the line {begin} but not {end}; put that behind the block's last line.")
-        text = before + block + after
-    return text
+    recipe.page.write_text(insert_blocks(text, blocks, str(recipe.page), "evaluation/paper.py"), encoding="utf-8")
 
 
 def join_parts(parts: Iterable[str]) -> str:
@@ -119,11 +103,14 @@ def join_parts(parts: Iterable[str]) -> str:
     return "\n\n".join(part if part[0] in "#|`!" else fill(part, 119) for part in parts)
 
 
-def command(results: Results, benchmark: str, method: Method, length: int = WINDOW) -> str:
-    """Returns the command that repeats one condition."""
-    recipe = results.recipe
-    words = recipe.command(recipe.condition(benchmark, method, length))
-    return f"```bash\n{join(['fastlongspeech', 'evaluate', *words])}\n```"
+def command(results: Results, methods: Iterable[Method], *steps: str) -> str:
+    """Returns the command that makes all figures about these methods again, and is told what else to do by `steps`."""
+    wanted = {method.model for method in methods}
+    models = [name for name in MODELS if name in wanted]
+    words = ["python", "-m", "fastlongspeech.evaluation.paper", results.recipe.source]
+    words += ["--quick"] if results.recipe.quick else []
+    words += ["--steps", *(["train"] if wanted & set(RIVALS) else []), "evaluate", *steps, "report"]
+    return f"```bash\n{join([*words, '--models', *models])}\n```"
 
 
 def conditions(results: Results) -> str:
@@ -133,8 +120,10 @@ def conditions(results: Results) -> str:
         "## How it was made",
         f"```bash\npython -m fastlongspeech.evaluation.paper {recipe.source}{' --quick' if recipe.quick else ''}\n```",
         "All figures on this page come from this command, which trains the rivals, asks every model under every "
-        "condition and writes the tables; with `--commands` it prints the command of every condition by itself. In "
-        "brackets: 95 % bootstrap intervals over recordings. Recordings of up to 30 s are not shortened at "
+        "condition and writes the tables; above each table stands what of it makes that table alone, and with "
+        "`--commands` it prints the `fastlongspeech evaluate` of every condition, that is of every figure. In "
+        "brackets: 95 % bootstrap intervals over recordings. Every model was trained once; what another seed would "
+        "change is not in the intervals. Recordings of up to 30 s are not shortened at "
         f"L = {WINDOW}, so all methods of a model are the same there.",
     ]
     if recipe.quick:
@@ -159,35 +148,28 @@ def conditions(results: Results) -> str:
     asked = []
     for name in recipe.benchmarks:
         of_it = [summary for condition, summary in found.items() if condition.benchmark == name]
-        sizes = [f"{of_it[0][field]:,}" for field in ("questions", "recordings")] if of_it else [DASH] * 2
-        hours = f"{of_it[0]['hours']:.2f}" if of_it else DASH
-        asked.append([title(results, name), f"`{name}`", *sizes, hours, METRICS[results.metric(name)][0]])
-    said.append(table(["questions about", "benchmark", "questions", "recordings", "hours", "scored by"], asked, 2))
+        fields = ("questions", "recordings", "hours", "rows_left_out")
+        sizes = [f"{of_it[0][field]:,}" for field in fields] if of_it else [DASH] * len(fields)
+        asked.append([results.title(name), f"`{name}`", *sizes, METRICS[results.metric(name)][0]])
+    headings = ["questions about", "benchmark", "questions", "recordings", "hours", "left out", "scored by"]
+    said.append(table(headings, asked, 2))
     runs = [summary["run"] | summary["versions"] for summary in found.values()]
     machines = {
         f"{r['device']} ({r['dtype']}), torch {r['torch']}, transformers {r['transformers']}, Python {r['python']}"
         for r in runs
     }
     said += [f"Run on {'; '.join(sorted(machines))}."] if machines else []
+    judges = sorted({run["judge_model"] for run in runs if "judge_model" in run})
+    if judges:
+        unparsable = sum(summary.get("unparsable_verdicts", 0) for summary in found.values())
+        said.append(
+            f"Judged by {', '.join(judges)}; {unparsable:,} of its verdicts could not be read, and count nowhere."
+        )
     return join_parts(said)
-
-
-def title(results: Results, benchmark: str) -> str:
-    return results.recipe.benchmarks[benchmark].get("title", benchmark)
-
-
-def unit(results: Results, benchmarks: Iterable[str]) -> tuple[str, float]:
-    """Returns the unit that the operations of benchmarks are shown in: its name and size."""
-    most = max((results.flops(name, BASELINE) or 0 for name in benchmarks), default=0)
-    return ("TFLOPs", 1e12) if most > 1e11 else ("GFLOPs", 1e9)
 
 
 def number(value: float | None, scale: float = 1) -> str:
     return DASH if value is None else f"{value / scale:.3g}"
-
-
-def share(value: float | None) -> str:
-    return DASH if value is None else f"{value:.2f}"
 
 
 def lengths(results: Results) -> str:
@@ -208,21 +190,24 @@ def lengths(results: Results) -> str:
         for method in AT_LENGTHS:
             rows.append([method.name, *(cell(results.rows(name, method, n), metric) for n in recipe.lengths)])
         said += [
-            f"### {title(results, name)}: {METRICS[metric][0]}",
-            command(results, name, OURS, min(recipe.lengths)),
+            f"### {results.title(name)}: {METRICS[metric][0]}",
+            command(results, [*AT_LENGTHS, BASELINE]),
         ]
         said.append(table(["method", *(f"L = {length}" for length in recipe.lengths)], rows))
         every_frame = [(BASELINE.name, cell(results.rows(name, BASELINE), metric))]
         if metric == "word_errors":
             every_frame.append((CTC.name, cell(results.rows(name, CTC), metric)))
+        if metric == "accuracy" and (rows_of_one := results.rows(name, BASELINE)):
+            (_, most), *_ = Counter(row["answers"][0] for row in rows_of_one).most_common(1)
+            every_frame.append(("always the commonest answer", f"{100 * most / len(rows_of_one):.1f}"))
         said.append(table(["without shortening", METRICS[metric][0]], every_frame))
-    answered = results.benchmarks(False)[:1]
-    for name in answered:
-        sign, size = unit(results, answered)
+    for name in results.benchmarks(False)[:1]:
+        sign, size = results.unit(name)
         counted = {method.compression: method for method in reversed(AT_LENGTHS)}
         said.append(
-            f"### {title(results, name)}: {sign} to the first token\n\nCounted by `fastlongspeech cost`, with "
-            f"{TEXT_TOKENS} tokens of text and durations rounded to seconds; the same for all models."
+            f"### {results.title(name)}: {sign} to the first token\n\n{command(results, [OURS])}\n\nCounted as by "
+            f"`fastlongspeech cost`, with {TEXT_TOKENS} tokens of text and durations rounded to seconds; the same for "
+            "all models."
         )
         rows = [
             [f"`{compression}`", *(number(results.flops(name, method, n), size) for n in recipe.lengths)]
@@ -234,20 +219,23 @@ def lengths(results: Results) -> str:
 
 def table_1(results: Results) -> str:
     """Returns the scores of all methods on long recordings beside Table 1."""
-    said = ["## Table 1: long recordings"]
+    methods = [*TABLE_1, *BEYOND_TABLE_1]
+    said = ["## Table 1: long recordings", ALL_LONG]
     for name in results.benchmarks(True):
         metric = results.metric(name)
         ours = results.rows(name, OURS)
-        voice = "exact_match" if results.voice(name, OURS) else None
         headings = ["method", PAPER, f"here: {METRICS[metric][0]}", "more than FastLongSpeech", METRICS["token_f1"][0]]
         rows = []
-        for method in (*TABLE_1, *BEYOND_TABLE_1):
+        for method in methods:
             found = results.rows(name, method)
             row = [method.name, f"{TABLE_1[method]:.2f}" if method in TABLE_1 else "", cell(found, metric)]
-            row += ["" if method == OURS else difference(found, ours, metric), cell(found, "token_f1")]
-            rows.append(row + ([cell(results.voice(name, method), voice)] if voice else []))
-        said += [f"### {title(results, name)}", command(results, name, OURS)]
-        said.append(table(headings + (["man or woman, %"] if voice else []), rows))
+            rows.append(row + ["" if method == OURS else difference(found, ours, metric), cell(found, "token_f1")])
+        said += [f"### {results.title(name)}", command(results, methods), table(headings, rows)]
+        longest = results.longest(name, NTK_ROPE)
+        if longest is not None:
+            said.append(
+                f"NTK-RoPE reads every frame of recordings of up to {longest:,}; longer ones are fused to that."
+            )
     return join_parts(said)
 
 
@@ -256,7 +244,7 @@ def table_2(results: Results) -> str:
     said = [
         "## Table 2: ablations",
         'One round and plain means change what the trained FastLongSpeech hears when it answers; "w/o DCT" has its '
-        "fusion and the plain fine-tune's language model.",
+        f"fusion and the plain fine-tune's language model. {ALL_LONG}",
     ]
     for name in results.benchmarks(True):
         metric = results.metric(name)
@@ -266,17 +254,23 @@ def table_2(results: Results) -> str:
             found = results.rows(name, method)
             less = ["", ""] if method == OURS else [f"{score - TABLE_1[OURS]:+.2f}", difference(found, ours, metric)]
             rows.append([label, f"{score:.2f}", less[0], cell(found, metric), less[1]])
-        said += [f"### {title(results, name)}", command(results, name, ONE_STEP)]
+        said += [f"### {results.title(name)}", command(results, [method for method, _ in TABLE_2.values()])]
         said.append(table(["method", PAPER, "difference", f"here: {METRICS[metric][0]}", "difference"], rows))
     return join_parts(said)
 
 
-def costs(results: Results, heading: str, paper: Costs, source: str) -> str:
+def costs(results: Results, number_of_table: int, heading: str, paper: Costs, source: str) -> str:
     """Returns scores and costs at several L beside Table 3 or 7, each cost also in terms of the baseline's."""
-    said = [f"## {heading}", f"The paper's figures are those of {source}."]
-    for name in results.benchmarks(False, "judge", "exact_match"):
+    said = [
+        f"## Table {number_of_table}: {heading}",
+        f"The paper's figures are those of {source}, at 7 B parameters and with logits at every position; ours are of "
+        "this model, with logits at the last. `python -m fastlongspeech.benchmarks.flops` counts the paper's.",
+    ]
+    for name in results.benchmarks(False):
+        if number_of_table not in results.recipe.benchmarks[name].get("tables", []):
+            continue
         metric = results.metric(name)
-        sign, size = unit(results, [name])
+        sign, size = results.unit(name)
         whole = results.flops(name, BASELINE)
         rows = []
         for (method, length), (score, tflops) in paper.items():
@@ -293,7 +287,7 @@ def costs(results: Results, heading: str, paper: Costs, source: str) -> str:
                     number(ratio),
                 ]
             )
-        said += [f"### {title(results, name)}", command(results, name, *list(paper)[1])]
+        said += [f"### {results.title(name)}", command(results, [method for method, _ in paper])]
         headings = ["method", PAPER, "TFLOPs", "of baseline", f"here: {METRICS[metric][0]}", sign, "of baseline"]
         said.append(table(headings, rows))
     return join_parts(said)
@@ -301,24 +295,21 @@ def costs(results: Results, heading: str, paper: Costs, source: str) -> str:
 
 def table_4(results: Results) -> str:
     """Returns score, counted operations and measured seconds on long recordings beside Table 4."""
-    said = ["## Table 4: score, operations, seconds"]
+    said = ["## Table 4: score, operations, seconds", ALL_LONG]
     for name in results.benchmarks(True):
         metric = results.metric(name)
-        sign, size = unit(results, [name])
+        sign, size = results.unit(name)
         rows, figures = [], {}
         for method, (score, tflops, seconds) in TABLE_4.items():
             counted, measured = results.flops(name, method), results.seconds(name, method)
-            taken = mean(row["seconds"] for row in measured) if measured else None
-            figures[method] = counted, taken
+            figures[method] = counted, measured
             row = [method.name, f"{score:.2f}", f"{tflops:.2f}", f"{seconds:.2f}"]
-            rows.append([*row, cell(results.rows(name, method), metric), number(counted, size), number(taken)])
-        shares = [
-            share(ours / theirs if ours is not None and theirs else None)
-            for ours, theirs in zip(figures[OURS], figures[NTK_ROPE], strict=True)
-        ]
+            rows.append([*row, cell(results.rows(name, method), metric), number(counted, size), ratio(measured)])
+        (ours, taken), (every, longer) = figures[OURS], figures[NTK_ROPE]
         theirs = [f"{a / b:.2f}" for a, b in zip(TABLE_4[OURS][1:], TABLE_4[NTK_ROPE][1:], strict=True)]
-        rows.append(["FastLongSpeech / NTK-RoPE", "", *theirs, "", *shares])
-        said += [f"### {title(results, name)}", command(results, name, NTK_ROPE)]
+        share = f"{ours / every:.2f}" if ours is not None and every else DASH
+        rows.append(["FastLongSpeech / NTK-RoPE", "", *theirs, "", share, ratio(taken, longer) if longer else DASH])
+        said += [f"### {results.title(name)}", command(results, TABLE_4, "time")]
         headings = ["method", PAPER, "TFLOPs", "seconds", f"here: {METRICS[metric][0]}", sign, "seconds"]
         said.append(table(headings, rows))
         timed = results.seconds(name, OURS)
@@ -326,11 +317,23 @@ def table_4(results: Results) -> str:
             first = timed[0]
             said.append(
                 f"Seconds from the file to the whole answer, one recording at a time: means over {len(timed)} of the "
-                f"recordings, spread evenly over the durations (mean {mean(r['duration'] for r in timed):.0f} s), on "
+                f"recordings, spread evenly over the durations (mean {mean(r['duration'] for r in timed):.0f} s, "
+                f"longest {max(r['duration'] for r in timed):.0f} s), on "
                 f"{first['device']} with {first['threads']} threads, load {max(r['load'] for r in timed):.1f} at "
                 "most; the paper's on an L40."
             )
     return join_parts(said)
+
+
+def ratio(rows: Rows, others: Rows | None = None) -> str:
+    """Returns the mean seconds of recordings, or in terms of those of others, with its interval, for a table."""
+    seconds = {row["recording"]: row["seconds"] for row in rows}
+    if not seconds:
+        return DASH
+    weights = {row["recording"]: row["seconds"] for row in others} if others else dict.fromkeys(seconds, 1.0)
+    names = [name for name in seconds if name in weights]
+    found = mean_with_interval([seconds[name] for name in names], names, [weights[name] for name in names])
+    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
 def table_5(results: Results) -> str:
@@ -346,18 +349,22 @@ def table_5(results: Results) -> str:
                 *(cell(results.rows(name, method, length), "word_errors") for name in names),
             ]
         )
-    said = ["## Table 5: word errors", *(command(results, name, OURS, 400) for name in names[:1])]
+    said = ["## Table 5: word errors", *([command(results, [method for method, _ in TABLE_5])] if names else [])]
     paper = ["paper: test-clean, %", "test-other, %", "GigaSpeech, %"]
-    said.append(table(["method", *paper, *(f"here: {title(results, name)}, %" for name in names)], rows))
+    said.append(table(["method", *paper, *(f"here: {results.title(name)}, %" for name in names)], rows))
     return join_parts(said)
 
 
 def long_recordings(results: Results) -> str:
     """Returns scores by duration and by the place of the fact in long recordings, and their plots."""
-    said = ["## Duration, and where the fact is"]
+    methods = [*TABLE_1, *BEYOND_TABLE_1]
+    said = [
+        "## Duration, and where the fact is",
+        f"{ALL_LONG} A fact's place is where its sentence begins; recordings of all durations are in every part.",
+    ]
     for name in results.benchmarks(True):
         path = results.recipe.page.with_name(f"{results.recipe.page.stem}-{name}.svg")
-        said.append(f"### {title(results, name)}: {METRICS[results.metric(name)][0]}")
+        said += [f"### {results.title(name)}: {METRICS[results.metric(name)][0]}", command(results, methods)]
         if plot_long(results, name, path):
             said.append(f"![Scores against duration and place of the fact]({path.name})")
         for field, edges, heading in (
@@ -366,12 +373,14 @@ def long_recordings(results: Results) -> str:
         ):
             rows: list[list[str]] = []
             headings = ["method", *(f"{low:g} to {high:g}" for low, high in zip(edges, edges[1:], strict=False))]
-            for method in (*TABLE_1, *BEYOND_TABLE_1):
+            for method in methods:
                 bins = binned(results.rows(name, method), field, edges)
                 if not any(bins):
                     continue
                 if not rows:
                     rows.append(["questions", *(f"{len(part):,}" for part in bins)])
+                    heard = [len({row["recording"] for row in part}) for part in bins]
+                    rows.append(["recordings", *(f"{count:,}" for count in heard)])
                 rows.append([method.name, *(cell(part, results.metric(name)) for part in bins)])
             if rows:
                 said += [heading, table(headings, rows)]

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from ..configuration_fastlongspeech import FastLongSpeechConfig
 from ..cost import ModelCost
 from .journal import read_journal
-from .paper import NTK_ROPE, OURS, SECONDS, WINDOW, Condition, Method, Recipe
+from .paper import BASELINE, NTK_ROPE, OURS, SECONDS, WINDOW, Condition, Method, Recipe
 from .report import PREDICTIONS
 from .run import SUMMARY
 from .scoring import mean_with_interval
@@ -49,15 +49,16 @@ class Results:
         self._flops: dict[tuple[int, int | None, str], int] = {}
 
     def rows(self, benchmark: str, method: Method, length: int = WINDOW) -> Rows | None:
-        """Returns the predictions of a condition, those about the voice left out of several kinds; None: not there."""
-        rows = self.found.get(self.recipe.condition(benchmark, method, length))
-        return rows and ([row for row in rows if row.get("kind") != "voice"] or rows)
+        """Returns the predictions of a condition; None: not there."""
+        return self.found.get(self.recipe.condition(benchmark, method, length))
 
-    def voice(self, benchmark: str, method: Method) -> Rows:
-        """Returns the predictions about the voice among those of several kinds."""
-        rows = self.found.get(self.recipe.condition(benchmark, method), [])
-        voice = [row for row in rows if row.get("kind") == "voice"]
-        return voice if len(voice) < len(rows) else []
+    def title(self, benchmark: str) -> str:
+        """Returns what a benchmark is called on the page."""
+        return self.recipe.benchmarks[benchmark].get("title", benchmark)
+
+    def unit(self, benchmark: str) -> tuple[str, float]:
+        """Returns the unit that the operations of a benchmark are shown in: its name and size."""
+        return ("TFLOPs", 1e12) if (self.flops(benchmark, BASELINE) or 0) > 1e11 else ("GFLOPs", 1e9)
 
     def benchmarks(self, long: bool, *metrics: str) -> list[str]:
         """Returns the benchmarks of long or of short recordings that are scored by one of these metrics, or by any."""
@@ -81,9 +82,9 @@ class Results:
         condition = self.recipe.condition(benchmark, method, length)
         target, compression = condition.length, condition.compression
         if method == NTK_ROPE:
-            if condition not in self.summaries:
+            target, compression = self.longest(benchmark, method), "iterative_fusion"
+            if target is None:
                 return None
-            target, compression = self.summaries[condition]["run"]["target_length"], "iterative_fusion"
         same = [rows for other, rows in self.found.items() if other.benchmark == benchmark]
         if not same:
             return None
@@ -95,6 +96,11 @@ class Results:
         return sum(self._flops[duration, target, compression] * n for duration, n in durations.items()) / sum(
             durations.values()
         )
+
+    def longest(self, benchmark: str, method: Method) -> int | None:
+        """Returns the most frames a method was given of a recording; None: the condition is not there."""
+        summary = self.summaries.get(self.recipe.condition(benchmark, method))
+        return None if summary is None else summary["run"]["target_length"]
 
     def seconds(self, benchmark: str, method: Method) -> Rows:
         """Returns the measured seconds of a method, a row for each recording."""

@@ -15,7 +15,7 @@ import soundfile
 import torch
 
 from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor, cli
-from fastlongspeech.evaluation.answering import Answer, Answerer, ask
+from fastlongspeech.evaluation.answering import TRANSCRIPT_TOKENS, Answer, Answerer, ask
 from fastlongspeech.evaluation.benchmarks import EMOTIONS, load_benchmark
 from fastlongspeech.evaluation.journal import read_journal
 from fastlongspeech.evaluation.run import make_batches
@@ -121,6 +121,16 @@ def test_air_bench_names_recordings_by_task_and_dataset(clips, tmp_path):
     assert (example.question, example.answers, example.notes["uniq_id"]) == ("Who?", ["a man"], 7)
     with pytest.raises(ValueError, match="no rows of speech_dialogue_QA_fisher"):
         load_benchmark("air-bench", source, "speech_dialogue_QA_fisher")
+
+
+def test_audio_root_comes_before_the_manifest_s_own_folder(clips, tmp_path):
+    manifest = write(tmp_path / "set/qa.jsonl", [{"audio": "0.wav", "question": "Who?", "answer": "he"}])
+    soundfile.write(tmp_path / "set/0.wav", np.zeros(RATE), RATE)
+    assert [load_benchmark("qa", manifest, audio_root=root).examples[0].duration for root in (None, clips)] == [1, 31]
+    rows = [{"audio": str(clips / "0.wav"), "question": "Who?", "answer": "he"}]
+    datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(decode=False)).save_to_disk(tmp_path / "d")
+    with pytest.raises(ValueError, match="holds its recordings itself; leave it out"):
+        load_benchmark("qa", tmp_path / "d", audio_root=clips)
 
 
 def test_librisqa_finds_flac_files_and_reads_both_parts(clips, tmp_path):
@@ -248,9 +258,41 @@ def test_the_cascade_gives_the_transcript_of_every_window_as_text(model, clips, 
     monkeypatch.setattr("fastlongspeech.evaluation.answering.TRANSCRIPT_TOKENS", 4)
     answerer = Answerer(model, processor, "cascade", None, max_new_tokens=2)
     answerer.answer(["Who?"], ["0"], [clips / "0.wav"])
-    windows, (prompt,) = seen
+    windows, *_, (prompt,) = seen
     assert [window.count(processor.audio_token) for window in windows] == [750, 25]
     assert "Who?" in prompt and "transcript of a recording: " in prompt and processor.audio_token not in prompt
+
+
+def test_an_answer_by_a_transcript_that_was_cut_has_not_ended(model, clips, processor, monkeypatch):
+    limits = []
+
+    def ask_all(_, processor, questions, heard, limit):
+        limits.append(limit)
+        return [Answer("text", limit == 2)] * len(questions)
+
+    monkeypatch.setattr("fastlongspeech.evaluation.answering.ask", ask_all)
+    answerer = Answerer(model, processor, "cascade", None, max_new_tokens=2)
+    assert answerer.answer(["Who?"], ["0"], [clips / "0.wav"]) == [Answer("text", False)]
+    assert limits == [TRANSCRIPT_TOKENS, 2]
+
+
+def test_a_transcript_beyond_the_context_is_refused(model, clips, processor, monkeypatch):
+    monkeypatch.setattr(model, "ctc_transcribe", lambda **_: [[]])
+    monkeypatch.setattr(processor, "ctc_decode", lambda _: ["a " * 50_000], raising=False)
+    with pytest.raises(ValueError, match="leave out longer recordings with --max-seconds"):
+        Answerer(model, processor, "ctc_cascade", None, 4).answer(["Who?"], ["1"], [clips / "1.wav"])
+
+
+def test_other_braces_of_a_cascade_s_prompt_are_text(model, clips, processor, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "fastlongspeech.evaluation.answering.ask",
+        lambda model, processor, questions, *_: asked.extend(questions) or [Answer("", True)] * len(questions),
+    )
+    monkeypatch.setattr(processor, "ctc_decode", lambda _: ["{question}"], raising=False)
+    prompt = 'As {"answer": ...}: {transcript} {question}'
+    Answerer(model, processor, "ctc_cascade", None, 4, prompt).answer(["Who?"], ["1"], [clips / "1.wav"])
+    assert asked == ['As {"answer": ...}: {question} Who?']
 
 
 def test_the_ctc_cascade_gives_the_transcript_of_the_ctc_decoder(model, clips, processor):

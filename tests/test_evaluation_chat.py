@@ -183,6 +183,16 @@ def test_verdicts_are_saved_and_not_asked_for_again(endpoint, tmp_path):
     assert len(endpoint.requests) == 5
 
 
+def test_a_refused_prompt_has_no_score_and_does_not_stop_the_others(endpoint, tmp_path):
+    endpoint.reply = lambda prompt: 400 if "reply 1" in prompt else '{"score": 2}'
+    rows, chat, path = predictions(3), Chat("m", endpoint.url), tmp_path / "verdicts.jsonl"
+    for _ in range(2):
+        assert judge(rows, chat, RUBRIC, path, workers=2) == [2, None, 2]
+    assert len(read_journal(path)) == 2 and len(endpoint.requests) == 4
+    with pytest.raises(ValueError, match="m refused a prompt"):  # as it would any other
+        judge(rows[1:2], chat, RUBRIC, path, workers=2)
+
+
 def test_evaluate_adds_the_judges_scores_to_a_run(endpoint, checkpoint, tmp_path, capsys):
     soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(16000), 16000)
     rows = [{"audio": "a.wav", "question": question, "answer": "he"} for question in ("Who?", "Why?", "When?")]
@@ -233,6 +243,7 @@ def documents(tmp_path: Path) -> list[Path]:
     own = [
         {"document": STORY, "question": "Where did the man live?", "answer": "in a small house"},
         {"document": STORY, "question": "What did he eat?", "answer": ["fish", "bread"]},
+        {"document": STORY, "question": "What rude word?", "answer": "none"},
         {"document": FORMULAS, "question": "What is x?", "answer": "two"},
     ]
     longbench = [
@@ -261,9 +272,11 @@ def speaker(tmp_path: Path) -> str:
 
 
 def writer_and_checker(prompt: str) -> str | int:
-    """Tells every document in ten words; refuses the long one; finds no food in any text."""
+    """Tells every document in ten words; refuses the long one and the rude question; finds no food in any text."""
     if "Document:" in prompt:
         return 400 if "Too long." in prompt else "A man with a dog lived in a small house."
+    if "rude" in prompt:
+        return 400
     return '{"answerable": false}' if "eat" in prompt else 'Yes: {"answerable": true}'
 
 
@@ -272,7 +285,7 @@ def test_a_benchmark_is_built_from_documents(endpoint, documents, speaker, tmp_p
     output = tmp_path / "built"
     command = [*map(str, documents), "--output", str(output), "--model", "writer", "--check-model", "checker"]
     longspeech_eval.main([*command, "--url", endpoint.url, "--speak", speaker, "--words", "10"])
-    assert "2 recordings, mean 1.0 s, longest 1.0 s; 2 questions; 3 rejections" in capsys.readouterr().out
+    assert "2 recordings, mean 1.0 s, longest 1.0 s; 2 questions; 4 rejections" in capsys.readouterr().out
 
     for recording in (output / "speech").iterdir():
         recording.unlink()  # the dataset has the sound inside
@@ -284,11 +297,12 @@ def test_a_benchmark_is_built_from_documents(endpoint, documents, speaker, tmp_p
     rejected = read_journal(output / "rejected.jsonl")
     reasons = {row.get("question", row["begins"][:7]): row["reason"] for row in rejected}
     assert reasons["What did he eat?"] == "not answerable from the spoken text"
+    assert "checker refused a prompt" in reasons["What rude word?"]
     documents_out = sorted(row["reason"] for row in rejected if "question" not in row)
     assert [reason.split()[0] for reason in documents_out] == ["formulas:", "writer"]
     assert "refused a prompt" in documents_out[1]
     models = [request["model"] for request in endpoint.requests]
-    assert models.count("writer") == 3 and models.count("checker") == 3
+    assert models.count("writer") == 3 and models.count("checker") == 4
     assert all(
         "10 words" in request["messages"][0]["content"]
         for request in endpoint.requests
@@ -315,11 +329,22 @@ def test_a_build_that_failed_goes_on(endpoint, documents, speaker, tmp_path):
     endpoint.requests.clear()
     longspeech_eval.main([*command, "--speak", speaker])
     assert not endpoint.requests
+    assert len({path.name.partition("-")[0] for path in (output / "speech").iterdir()}) == 2
     with pytest.raises(ValueError, match="exists already"):
         longspeech_eval.main([*command, "--speak", speaker])
     (output / "dataset").rename(output / "kept")
     with pytest.raises(ValueError, match="made with other settings"):
         longspeech_eval.main([*command, "--speak", speaker, "--words", "20"])
+
+
+def test_a_document_of_which_more_is_asked_is_another(tmp_path):
+    row = {"document": "a", "question": "b", "answer": "c"}
+    ids = []
+    for count in (1, 2, 1):
+        path = tmp_path / "documents.jsonl"
+        path.write_text((json.dumps(row) + "\n") * count)
+        ids += [document["id"] for document in longspeech_eval.read_documents([path])]
+    assert ids[0] == ids[2] != ids[1]
 
 
 def test_lines_without_an_answer_are_named(tmp_path):

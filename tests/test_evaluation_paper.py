@@ -1,6 +1,7 @@
 """The paper's comparisons: every condition is a command, and the page holds what the commands came to."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,13 @@ import soundfile
 import yaml
 
 from fastlongspeech import cli
-from fastlongspeech.evaluation import paper, paper_report, run, scoring
+from fastlongspeech.evaluation import demo_set, paper, run, scoring
 from fastlongspeech.evaluation.answering import Answerer
 from fastlongspeech.evaluation.journal import read_journal
 from fastlongspeech.evaluation.paper_plots import binned
 from fastlongspeech.evaluation.paper_results import difference
 from fastlongspeech.evaluation.run import parse_arguments
+from fastlongspeech.markdown import insert_blocks
 from fastlongspeech.train import dct
 
 RATE = 16000
@@ -35,9 +37,9 @@ def recipe(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     for number, seconds in enumerate((31, 1, 2)):
         soundfile.write(folder / f"{number}.wav", 0.1 * rng.standard_normal(seconds * RATE), RATE)
-    fact = {"question": "What is it?", "answer": "noise", "kind": "thing", "time": 0.8}
-    voice = {"question": "Who speaks?", "answer": "man", "kind": "voice"}
-    long = [{"audio": f"{clip}.wav", **asked} for clip in (0, 1) for asked in (fact, voice)]
+    fact = {"question": "What is it?", "answer": "noise", "time": 0.8}
+    other = {"question": "Who speaks?", "answer": "man"}
+    long = [{"audio": f"{clip}.wav", **asked} for clip in (0, 1) for asked in (fact, other)]
     short = [{"audio": f"{clip}.wav", **fact} for clip in (1, 2)]
     asr = [{"audio": f"{clip}.wav", "text": "the cat"} for clip in (1, 2)]
     asked = {"max_new_tokens": 4}
@@ -51,7 +53,7 @@ def recipe(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "lengths": [750, 400, 12],
         "benchmarks": {
             "long": asked | {"title": "Noises", "long": True, "task": "qa", "data": write(folder / "l.jsonl", long)},
-            "qa": asked | {"task": "qa", "data": write(folder / "s.jsonl", short)},
+            "qa": asked | {"tables": [3, 7], "task": "qa", "data": write(folder / "s.jsonl", short)},
             "asr": asked | {"task": "asr", "data": write(folder / "a.jsonl", asr)},
         },
     }
@@ -84,6 +86,27 @@ def test_a_quick_run_makes_every_table_and_plot(quick):
     assert "| FastLongSpeech | 3.55 | 0.0 [0.0, 0.0] |" in page  # of Table 1: the paper's score and ours
     assert [path.name for path in sorted(quick.glob("*.svg"))] == ["results-lengths.svg", "results-long.svg"]
     assert len(read_journal(quick / "long" / "seconds.jsonl")) == 4  # of two methods, two recordings
+
+
+@pytest.mark.skipif(
+    not (shutil.which("espeak-ng") and shutil.which("flite")), reason="espeak-ng and flite are not installed"
+)
+def test_the_demo_recipe_runs_on_a_few_recordings_of_the_demo_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "RESAMPLES", 20)
+    monkeypatch.setattr(demo_set, "durations", lambda: [35.0] * demo_set.LONG)
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoints").symlink_to(RECIPES.parents[1] / "checkpoints")
+    monkeypatch.setattr("sys.argv", ["demo_set", "work/demo-set", "--recordings", "2", "--workers", "1"])
+    demo_set.main()
+    steps = ["--steps", "evaluate", "report", "--models", "fastlongspeech"]
+    paper.main([str(RECIPES / "paper-demo.yaml"), "--quick", *steps])
+    summary = json.loads(Path("work/paper/quick/long/fastlongspeech-iterative_fusion-750/summary.json").read_text())
+    assert summary["questions"] == 4 and summary["scores"]["exact_match"]["value"] > 0
+    page = Path("work/paper/quick/results.md").read_text()
+    assert "--quick --steps train evaluate time report --models fastlongspeech plain" in page
+    for title in ("Facts in clips under 30 s", "Transcripts of clips under 30 s", "Man or woman, in clips under 30 s"):
+        assert f"### {title}: " in page
+    assert "| always the commonest answer |" not in page  # which the base model's answers would tell
 
 
 def test_all_models_hear_the_same_frames(quick, models):
@@ -161,13 +184,13 @@ def test_judged_answers_are_compared_by_the_judge_who_is_asked_once(recipe, tmp_
 
 
 def test_text_outside_the_blocks_is_kept():
-    page = paper_report.insert_blocks("# Title\n\nBy hand.\n", {"a": "1", "b": "2"}, "page.md")
+    page = insert_blocks("# Title\n\nBy hand.\n", {"a": "1", "b": "2"}, "page.md", "evaluation/paper.py")
     page = page.replace("<!-- end a -->", "<!-- end a -->\n\nBetween.")
-    again = paper_report.insert_blocks(page, {"a": "3", "b": "4"}, "page.md")
+    again = insert_blocks(page, {"a": "3", "b": "4"}, "page.md", "evaluation/paper.py")
     assert again == page.replace("\n1\n", "\n3\n").replace("\n2\n", "\n4\n")
     assert again.startswith("# Title\n\nBy hand.\n\n<!-- begin a ") and "\n\nBetween.\n\n<!-- begin b " in again
     with pytest.raises(ValueError, match="page.md has the line .* but not <!-- end b -->"):
-        paper_report.insert_blocks(again.replace("<!-- end b -->", ""), {"b": "5"}, "page.md")
+        insert_blocks(again.replace("<!-- end b -->", ""), {"b": "5"}, "page.md", "evaluation/paper.py")
 
 
 @pytest.mark.parametrize("name", ["paper-demo.yaml", "paper-qwen2-audio-7b.yaml"])

@@ -95,8 +95,11 @@ def load_rows(source: str | Path, columns: Sequence[str]) -> SpeechRows:
     return check_rows(manifest_rows(Path(path)), str(source), columns, label="line", first=1)
 
 
-def manifest_rows(path: Path) -> list[Any]:
-    """Return what every line holds: an object, None when it is blank, a ValueError when it is no JSON."""
+def manifest_rows(path: Path, root: Path | None = None) -> list[Any]:
+    """Return what every line holds: an object, None when it is blank, a ValueError when it is no JSON.
+
+    Recordings are relative to `root`, by default the manifest's folder.
+    """
     rows: list[Any] = []
     with open(path, encoding="utf-8-sig") as lines:
         for line in lines:
@@ -105,7 +108,7 @@ def manifest_rows(path: Path) -> list[Any]:
             except json.JSONDecodeError as error:
                 row = ValueError(f"is not JSON ({error}); write one object per line")
             if isinstance(row, dict) and isinstance(row.get("audio"), str):
-                row["audio"] = str(path.parent / row["audio"])
+                row["audio"] = str((root or path.parent) / row["audio"])
             rows.append(row)
     return rows
 
