@@ -8,6 +8,7 @@ import soundfile
 from conftest import tiny_config
 
 from fastlongspeech import FastLongSpeechConfig
+from fastlongspeech.benchmarks import flops
 from fastlongspeech.cost import QWEN2_AUDIO_7B, ModelCost, mel_frames_of, recording_seconds
 
 D, FFN, MELS = 16, 32, 8  # the encoder's sizes in tiny_config
@@ -152,3 +153,13 @@ def test_the_costs_at_7b_size_are_the_known_ones():
     assert counted.language_model(1000) == pytest.approx(12.95e9 * 1000 + attention * 1000**2, rel=1e-3)
     assert counted.logits(1) == pytest.approx(1.278e9, rel=1e-3)
     assert counted.fusion(2, 1, product=False)[0] == pytest.approx(2 * 92.4e6, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["LibriTTS", "Fisher"])
+def test_the_paper_s_costs_of_clips_are_counted_to_2_percent(data):
+    seconds, text_tokens, schedule, figures = flops.PAPER[data]
+    counter = ModelCost(FastLongSpeechConfig(**QWEN2_AUDIO_7B, fusion_schedule=schedule))
+    for length, paper in figures.items():
+        row = flops.compare(counter, data, seconds, text_tokens, length, paper)
+        assert row["reading"] == pytest.approx(paper, rel=0.02)
