@@ -149,7 +149,7 @@ def conditions(results: Results) -> str:
     for name in recipe.benchmarks:
         of_it = [summary for condition, summary in found.items() if condition.benchmark == name]
         fields = ("questions", "recordings", "hours", "rows_left_out")
-        sizes = [f"{of_it[0][field]:,}" for field in fields] if of_it else [DASH] * len(fields)
+        sizes = [f"{round(of_it[0][field], 2):,}" for field in fields] if of_it else [DASH] * len(fields)
         asked.append([results.title(name), f"`{name}`", *sizes, METRICS[results.metric(name)][0]])
     headings = ["questions about", "benchmark", "questions", "recordings", "hours", "left out", "scored by"]
     said.append(table(headings, asked, 2))
