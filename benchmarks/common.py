@@ -246,9 +246,7 @@ class Benchmark:
         works = work if isinstance(work, Mapping) else dict.fromkeys(calls, work)
         for row in self.results["rows"]:
             if row["case"] == case:
-                for name, call in row["calls"].items():
-                    if "seconds" in call and works.get(name):
-                        self._seconds_per_work[name] = call["seconds"] / works[name]
+                self._learn(row, works)
                 return row
         gc.collect()
         figures: dict[str, Any] = {}
@@ -278,9 +276,15 @@ class Benchmark:
                 figures[name]["runs"].append(_seconds(calls[name], device))
         for name in measured:
             figures[name]["seconds"] = median(figures[name]["runs"])
-            if works[name]:
-                self._seconds_per_work[name] = figures[name]["seconds"] / works[name]
-        return self.add({"case": case, "calls": figures})
+        row = self.add({"case": case, "calls": figures})
+        self._learn(row, works)
+        return row
+
+    def _learn(self, row: dict[str, Any], works: Mapping[str, float]) -> None:
+        """Notes how fast the calls of a row are, by which the next case is judged."""
+        for name, call in row["calls"].items():
+            if "seconds" in call and works.get(name):
+                self._seconds_per_work[name] = call["seconds"] / works[name]
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
         """Keeps and returns a row."""

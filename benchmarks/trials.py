@@ -11,6 +11,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     def measure(name: str, trial: Callable[[], Any], as_it_is: Callable[[], Any]) -> None:
         benchmark.measure({"trial": name}, {AS_IS: as_it_is, name: trial})
 
-    def encode(count: int, batch: int = usual, encoder: Any = encoder, source: str = device) -> Callable[[], Any]:
-        """Returns a call that encodes `count` windows, which lie on `source`, in batches."""
-        features, mask, windows = windows_of(30 * count, encoder.config.num_mel_bins, source).values()
-        return lambda: encoder.encode_recordings(features.to(device), mask.to(device), windows.to(device), batch)
+    def encode(count: int, batch: int = usual, encoder: Any = encoder) -> Callable[[], Any]:
+        """Returns a call that encodes `count` windows in batches."""
+        return partial(
+            encoder.encode_recordings,
+            **windows_of(30 * count, encoder.config.num_mel_bins, device),
+            windows_per_batch=batch,
+        )
 
     for size in (1, 2) if quick else (1, 2, 4, 16, 32):
         if size != usual:

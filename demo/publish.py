@@ -53,7 +53,7 @@ recordings of 1 to 4 minutes (L = 750), and {voice:.0%} to whether a man or a wo
   question it answers something of one of these kinds.
 - Say that it does not know: asked for what was not said, it invents an answer.
 - Write transcripts with its language model: where sentences begin alike it loses its place, and leaves out or repeats
-  them (71 % word errors in clips of another held-out set, docs/results.md; the CTC decoder has 6 % there).
+  them; its CTC decoder does not. The repository's docs/results.md has the word errors of both.
 - Names and values it never heard in training it mostly gets wrong (the rows "unheard" below).
 
 ## Held-out figures
