@@ -14,8 +14,8 @@ from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncod
 from .configuration_fastlongspeech import FastLongSpeechConfig
 
 MEL_FRAMES_PER_FRAME = 4
-# CTC logits held at a time where only a figure of every frame is wanted; a processor's cache holds fewer.
-CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**24}
+# CTC logits held at a time where only a figure of every frame is wanted; more than 32 MB glibc takes anew each time.
+CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**24}
 
 
 class EncodedRecordings(NamedTuple):

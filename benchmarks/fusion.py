@@ -10,7 +10,7 @@ may differ. The encoder's time is that of one window, of a batch of 8 on a GPU, 
 
 A profile of 750 frames on a CPU showed what one round lost to the loop with one matrix: segment_reduce, which sums in
 a fixed order on a GPU, takes ten times as long on a CPU as index_add_, whose order is fixed there; and the logits of
-all frames at once do not stay in the cache. Each now has its way on each device.
+thousands of frames at once do not stay in the cache. Each now has its way on each device.
 """
 
 import sys
@@ -124,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     sys.exit(
                         f"the results differ by {largest:.1e}, or in {1 - equal:.1%} of their spans: {row['case']}"
                     )
+            if "left_out" in row["calls"][OURS]:
+                break  # so would be those that are longer
     print(report(benchmark.results))
     return benchmark.results
 
