@@ -50,7 +50,7 @@ class FastLongSpeechConfig(Qwen2AudioConfig):
         fusion_schedule: `"halving"` (Eq. 5) or `"ladder"` (the rungs of `fusion_ladder` below the current length,
             then L); the same in training and inference.
         fusion_ladder: the lengths the ladder schedule passes through, in any order.
-        windows_per_batch: 30 s windows the audio encoder reads at a time.
+        windows_per_batch: 30 s windows the audio encoder reads at a time, at most; a CPU reads no more than a minute.
 
     Raises:
         StrictDataclassError: a value has the wrong type or is out of range, here or when it is assigned later.

@@ -14,6 +14,7 @@ from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncod
 from .configuration_fastlongspeech import FastLongSpeechConfig
 
 MEL_FRAMES_PER_FRAME = 4
+CPU_MEL_FRAMES = 6000  # of a batch on a CPU: two windows of 30 s are faster than more, which do not stay in its cache
 # CTC logits held at a time where only a figure of every frame is wanted; more than 32 MB glibc takes anew each time.
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**24}
 
@@ -79,7 +80,7 @@ class FastLongSpeechEncoder(Qwen2AudioEncoder):
             input_features: log-mel windows `(W, mels, 3000)`, those of a recording in temporal order.
             feature_attention_mask: `(W, 3000)`, 1 for mel frames that hold audio.
             windows_per_audio: `(A,)` integer, how many windows each recording has; None: one each.
-            windows_per_batch: windows encoded at a time.
+            windows_per_batch: windows encoded at a time, at most; on a CPU, of no more than a minute.
 
         Raises:
             ValueError: the arguments do not fit each other, or no recording has a frame.
@@ -107,7 +108,10 @@ class FastLongSpeechEncoder(Qwen2AudioEncoder):
         trains = any(p.requires_grad for p in self.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             while len(waiting):
-                batch = waiting[:windows_per_batch]
+                size = windows_per_batch
+                if self.device.type == "cpu":
+                    size = min(size, max(1, CPU_MEL_FRAMES // int(mel_frames[waiting[0]])))
+                batch = waiting[:size]
                 batch = batch[2 * counts[batch] > counts[batch[0]]]
                 waiting = waiting[len(batch) :]
                 hidden = self(input_features[batch], mel_frames[batch]).last_hidden_state

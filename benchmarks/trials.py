@@ -3,7 +3,7 @@
     python -m fastlongspeech.benchmarks.trials --device cpu
 
 30 s windows, random weights. A trial pays if it takes 5 % off or more. The largest batch is what half of the free
-memory holds, at most 64 windows on a GPU and 32 on a CPU, where more take minutes. Those about the convolutions are
+memory holds, at most 64 windows on a GPU and 16 on a CPU, where more take minutes. Those about the convolutions are
 measured on the convolutions alone, whose share of the encoder's time is the first of them: no trial there can save
 more than that. Half precision on a CPU is tried on one window. Mel features on the GPU are in `frontend.py`.
 """
@@ -12,19 +12,21 @@ import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import soundfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlongspeech import encoder_fastlongspeech
 from fastlongspeech.encoder_fastlongspeech import FastLongSpeechEncoder
 from fastlongspeech.markdown import table
 
 from .common import (
+    MEL_FRAMES_PER_WINDOW,
     Benchmark,
     dtype_of,
     figure,
@@ -48,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     device, quick = arguments.device, arguments.quick
     config = load_config(arguments.model)
     usual = config.windows_per_batch
+    if device == "cpu":
+        usual = encoder_fastlongspeech.CPU_MEL_FRAMES // MEL_FRAMES_PER_WINDOW
     torch.manual_seed(0)
     with torch.device(device):
         encoder = FastLongSpeechEncoder._from_config(config.audio_config, dtype=dtype_of(device)).eval()
@@ -58,13 +62,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     def encode(count: int, batch: int = usual, encoder: Any = encoder) -> Callable[[], Any]:
         """Returns a call that encodes `count` windows in batches."""
-        return partial(
-            encoder.encode_recordings,
-            **windows_of(30 * count, encoder.config.num_mel_bins, device),
-            windows_per_batch=batch,
-        )
+        windows = windows_of(30 * count, encoder.config.num_mel_bins, device)
 
-    for size in dict.fromkeys((1, 2) if quick else (1, 2, 4, 16, 32, memory_batch(encoder, device))):
+        def call() -> None:
+            with patch.object(encoder_fastlongspeech, "CPU_MEL_FRAMES", batch * MEL_FRAMES_PER_WINDOW):
+                encoder.encode_recordings(**windows, windows_per_batch=batch)
+
+        return call
+
+    most = 4 if quick else memory_batch(encoder, device)
+    for size in sorted({*(size for size in (1, 2, 4, 8, 16, 32) if size < most), most}):
         if size != usual:
             measure(f"batches of {size}, not {usual}", encode(max(size, usual), size), encode(max(size, usual)))
     few = 1 if device == "cpu" else usual
@@ -99,11 +106,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def memory_batch(encoder: Any, device: str) -> int:
-    """Returns how many windows can be encoded at once in half of the memory that is free, at most 64; 32 on a CPU."""
+    """Returns how many windows can be encoded at once in half of the memory that is free, at most 64; 16 on a CPU."""
     config = encoder.config
     widest = max(config.encoder_ffn_dim, 4 * config.d_model)
     of_window = 1500.0 * (widest + 4 * config.d_model) * encoder.dtype.itemsize
-    return max(1, min(32 if device == "cpu" else 64, int(free_bytes(device) / 2 / of_window)))
+    return max(1, min(16 if device == "cpu" else 64, int(free_bytes(device) / 2 / of_window)))
 
 
 def channels_last(features: Tensor, first: torch.nn.Conv1d, last: torch.nn.Conv1d) -> Tensor:

@@ -30,11 +30,17 @@ def stock_frames(stock: Qwen2AudioForConditionalGeneration, audio: Inputs) -> li
     return frames
 
 
-@pytest.mark.parametrize("windows_per_batch", [1, 3, 8])
+@pytest.mark.parametrize(("windows_per_batch", "mel_frames"), [(1, 6000), (8, 6000), (3, 30_000), (8, 30_000)])
 def test_windows_of_any_length_are_encoded_as_the_stock_encoder_does(
-    model: Model, stock: Qwen2AudioForConditionalGeneration, make_audio: Make, windows_per_batch: int
+    model: Model,
+    stock: Qwen2AudioForConditionalGeneration,
+    make_audio: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    windows_per_batch: int,
+    mel_frames: int,
 ) -> None:
     """Odd lengths, a full window, and partial windows that are not the last of their recording."""
+    monkeypatch.setattr(encoder_fastlongspeech, "CPU_MEL_FRAMES", mel_frames)
     model.model.audio_tower.load_state_dict(stock.model.audio_tower.state_dict())
     model.config.windows_per_batch = windows_per_batch
     audio = make_audio([5], [503, 1001], [3000, 4, 7], [2999], [3], [2998, 258])
@@ -55,6 +61,14 @@ def test_an_encoder_window_reads_no_more_than_its_audio(
     layer.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape[:2])))
     model.get_audio_features(**make_audio([500], [3000], [490], [2000, 20]))
     assert sorted(read) == [(1, 10), (2, 250), (2, 1500)]
+
+
+def test_a_cpu_reads_no_more_than_a_minute_at_a_time(model: Model, make_audio: Make) -> None:
+    read: list[tuple[int, ...]] = []
+    layer = model.model.audio_tower.layers[0]
+    layer.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape[:2])))
+    model.get_audio_features(**make_audio([3000, 3000, 3000], [1000] * 7))
+    assert read == [(2, 1500), (1, 1500), (6, 500), (1, 500)]
 
 
 def test_the_density_is_the_same_by_one_matrix_a_few_frames_at_a_time(
