@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from fastlongspeech import FastLongSpeechConfig
 from fastlongspeech.encoder_fastlongspeech import FastLongSpeechCTCDecoder, FastLongSpeechEncoder
@@ -124,6 +125,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     sys.exit(
                         f"the results differ by {largest:.1e}, or in {1 - equal:.1%} of their spans: {row['case']}"
                     )
+            if device == "cpu" and "products" not in row:
+                timed = [name for name in (OURS, TWO, ONE) if "runs" in row["calls"][name]]
+                benchmark.note(row, products={name: share_of_products(calls[name]) for name in timed})
             if "left_out" in row["calls"][OURS]:
                 break  # so would be those that are longer
     print(report(benchmark.results))
@@ -169,6 +173,15 @@ def compare(frames: Tensor, density: Densities) -> tuple[float, float]:
             difference = (fused.frames[index][place] - expected)[equal].abs().max() / expected.abs().max()
             same, spans, largest = same + int(equal.sum()), spans + len(starts), max(largest, float(difference))
     return largest, same / spans
+
+
+@torch.no_grad()
+def share_of_products(call: Callable[[], Any]) -> float:
+    """Returns the share of a call's time on a CPU that goes into matrix products, by torch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    seconds = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    return sum(seconds.get(name, 0.0) for name in ("aten::addmm", "aten::mm")) / sum(seconds.values())
 
 
 def share_of_encoder(row: dict[str, Any]) -> float | None:
@@ -220,10 +233,15 @@ def report(results: dict[str, Any]) -> str:
                 number(ratio(row, ONE, OURS)),
                 *(figure(row, name, "seconds") for name in (OURS, TWO, ONE)),
                 *(figure(row, name, "bytes", 1e6) for name in (OURS, TWO, ONE)),
+                *(
+                    f"{row['products'][name]:.0%}" if name in row.get("products", {}) else ""
+                    for name in (OURS, TWO, ONE)
+                ),
             ]
         )
     headings = ["frames", "batch", "share of the encoder's time", "two matrices / ours", "one matrix / ours"]
     headings += ["ours, s", "two, s", "one, s", "ours, MB", "two, MB", "one, MB"]
+    headings += [f"{name}, in matrix products" for name in ("ours", "two", "one")]
     largest = max((row["largest_difference"] for row in results["rows"] if "largest_difference" in row), default=None)
     fewest = min((row["equal_spans"] for row in results["rows"] if "equal_spans" in row), default=None)
     checked = ""
