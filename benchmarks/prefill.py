@@ -86,7 +86,8 @@ def stock_model(model: Any) -> Any:
 
 def prompts(config: Any, batch: int, tokens: int, device: str) -> dict[str, torch.Tensor]:
     """Returns prompts of a recording's placeholders between words."""
-    words = torch.randint(0, 100, (TEXT_TOKENS,), generator=torch.Generator().manual_seed(0))
+    words = torch.randint(0, 99, (TEXT_TOKENS,), generator=torch.Generator().manual_seed(0))
+    words += words >= config.audio_token_index  # any token but the placeholder
     placeholders = torch.full((tokens,), config.audio_token_index)
     ids = torch.cat((words[:15], placeholders, words[15:])).expand(batch, -1).to(device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
