@@ -261,13 +261,11 @@ class Benchmark:
             else:
                 try:
                     with PeakMemory(device) as memory:
-                        warm_up = _seconds(call, device)
+                        _seconds(call, device)
                 except RuntimeError as error:  # such as running out of memory, or no compiler for torch.compile
                     figures[name] = {"left_out": str(error).strip().splitlines()[0][:80]}
                 else:
                     figures[name] = {"runs": [], "bytes": memory.bytes}
-                    if works[name]:
-                        self._seconds_per_work[name] = warm_up / works[name]
         measured = [name for name in figures if "runs" in figures[name]]
         title = ", ".join(f"{key} {value}" for key, value in case.items())
         order = random.Random(0)
