@@ -53,20 +53,25 @@ def test_windows_of_any_length_are_encoded_as_the_stock_encoder_does(
     torch.testing.assert_close(frames, torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_an_encoder_window_reads_no_more_than_its_audio(
-    model: Model, make_audio: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[tuple[int, ...]] = []
+@pytest.fixture
+def read(model: Model) -> list[tuple[int, ...]]:
+    """The windows and positions (50 Hz) of every batch that the encoder reads from here on."""
+    shapes: list[tuple[int, ...]] = []
     layer = model.model.audio_tower.layers[0]
-    layer.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape[:2])))
+    layer.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[:2])))
+    return shapes
+
+
+def test_an_encoder_window_reads_no_more_than_its_audio(
+    model: Model, make_audio: Make, read: list[tuple[int, ...]]
+) -> None:
     model.get_audio_features(**make_audio([500], [3000], [490], [2000, 20]))
     assert sorted(read) == [(1, 10), (2, 250), (2, 1500)]
 
 
-def test_a_cpu_reads_no_more_than_a_minute_at_a_time(model: Model, make_audio: Make) -> None:
-    read: list[tuple[int, ...]] = []
-    layer = model.model.audio_tower.layers[0]
-    layer.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape[:2])))
+def test_a_cpu_reads_no_more_than_a_minute_at_a_time(
+    model: Model, make_audio: Make, read: list[tuple[int, ...]]
+) -> None:
     model.get_audio_features(**make_audio([3000, 3000, 3000], [1000] * 7))
     assert read == [(2, 1500), (1, 1500), (6, 500), (1, 500)]
 
