@@ -14,8 +14,8 @@ from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncod
 from .configuration_fastlongspeech import FastLongSpeechConfig
 
 MEL_FRAMES_PER_FRAME = 4
-CPU_MEL_FRAMES = 6000  # of a batch on a CPU: two windows of 30 s are faster than more, which do not stay in its cache
-# CTC logits held at a time where only a figure of every frame is wanted; more than 32 MB glibc takes anew each time.
+CPU_MEL_FRAMES = 6000  # of a batch on a CPU: two windows of 30 s are no slower than more, and take less memory
+# CTC logits held at a time where only a figure of every frame is wanted; on a CPU those of one window and few more.
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**24}
 
 

@@ -9,11 +9,11 @@ frame must be the same to 1e-4 of the largest element; where two similarities ar
 may differ. The encoder's time is that of one window, of a batch of 8 on a GPU, times the recording's windows.
 
 The last columns are of a profile (torch.profiler): the share of the time that goes into matrix products. On a CPU they
-are nearly all of ours, so that the loop with one matrix, whose product is the same, can take no longer but for noise,
-and that with two matrices at most as many times as long as its operations are more, which is 3.6; it takes less,
-because a CPU does more operations per second in the product of 4,096 columns than in that of 1,280. What one round
-lost beside them is mended: segment_reduce, which sums in a fixed order on a GPU, takes ten times as long on a CPU as
-index_add_, whose order is fixed there; and a window's logits now come from one product, no longer from two.
+are most of ours, and the loop with one matrix makes the same product, so that there is little to be faster in. Two
+matrices take 3.6 times the operations of their product; the ratio falls short of that by the rest of the time, which
+is mostly the softmax over the vocabulary, and by how fast a CPU multiplies matrices of each size. Found by a profile
+and mended: segment_reduce, which sums in a fixed order on a GPU, takes ten times as long on a CPU as index_add_, whose
+order is fixed there.
 """
 
 import sys
@@ -38,7 +38,8 @@ FRAMES = (750, 1500, 3319, 9000, 22_500, 90_000, 900_000)
 BATCHES = (1, 8)
 WINDOW_FRAMES = 750
 CHUNK = 4096  # frames whose logits the loop holds at a time: all those of 10 hours would fill 36 GB
-OURS, TWO, ONE, ENCODER = "ours", "loop, two matrices", "loop, one matrix", "encoder"
+METHODS = OURS, TWO, ONE = "ours", "loop, two matrices", "loop, one matrix"
+ENCODER = "encoder"
 
 
 def loop(recordings: Iterable[Tensor], target_length: int, density: Callable) -> list[tuple[Tensor, Tensor]]:
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for batch in BATCHES:
         for count in (1200,) if quick else FRAMES:
             needed = 5 * 4.0 * batch * count * width
-            calls: dict[str, Callable[[], Any]] = dict.fromkeys((OURS, TWO, ONE), partial(refuse, needed))
+            calls: dict[str, Callable[[], Any]] = dict.fromkeys(METHODS, partial(refuse, needed))
             frames = None  # those of the case before are given back
             if needed <= free_bytes(device):
                 frames = alike((batch, count, width), device).to(dtype_of(device))
@@ -128,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     sys.exit(
                         f"the results differ by {largest:.1e}, or in {1 - equal:.1%} of their spans: {row['case']}"
                     )
-            if device == "cpu" and "products" not in row:
-                timed = [name for name in (OURS, TWO, ONE) if "runs" in row["calls"][name]]
+            if frames is not None and device == "cpu" and "products" not in row:
+                timed = [name for name in METHODS if "runs" in row["calls"][name]]
                 benchmark.note(row, products={name: share_of_products(calls[name]) for name in timed})
             if "left_out" in row["calls"][OURS]:
                 break  # so would be those that are longer
@@ -234,12 +235,9 @@ def report(results: dict[str, Any]) -> str:
                 "" if share is None else f"{share:.1%}",
                 number(ratio(row, TWO, OURS)),
                 number(ratio(row, ONE, OURS)),
-                *(figure(row, name, "seconds") for name in (OURS, TWO, ONE)),
-                *(figure(row, name, "bytes", 1e6) for name in (OURS, TWO, ONE)),
-                *(
-                    f"{row['products'][name]:.0%}" if name in row.get("products", {}) else ""
-                    for name in (OURS, TWO, ONE)
-                ),
+                *(figure(row, name, "seconds") for name in METHODS),
+                *(figure(row, name, "bytes", 1e6) for name in METHODS),
+                *(f"{row['products'][name]:.0%}" if name in row.get("products", {}) else "" for name in METHODS),
             ]
         )
     headings = ["frames", "batch", "share of the encoder's time", "two matrices / ours", "one matrix / ours"]

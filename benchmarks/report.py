@@ -126,7 +126,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes[0].set_title("Time to the first token")
     axes[1].set_title("Peak memory beyond weights and what is given")
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
 

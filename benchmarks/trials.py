@@ -7,10 +7,10 @@ memory holds, at most 64 windows on a GPU and 16 on a CPU, where more take minut
 measured on the convolutions alone, whose share of the encoder's time is the first of them: no trial there can save
 more than that. Half precision on a CPU is tried on one window. Mel features on the GPU are in `frontend.py`.
 
-Kept: no more than a minute of audio in a batch on a CPU, as larger batches take longer and more memory; positions past
-the end of the audio left out (see "Encoder"); mel features of a few windows at a time (see "Decoding and mel
-features"); the product of the CTC decoder's matrices (see "Density and fusion"). Dropped: what the table says does not
-pay.
+Kept: no more than a minute of audio in a batch on a CPU, as larger batches take as long or longer, and more memory;
+positions past the end of the audio left out (see "Encoder"); mel features of a few windows at a time (see "Decoding
+and mel features"); the product of the CTC decoder's matrices (see "Density and fusion"). Dropped: what the table says
+does not pay.
 """
 
 import copy
