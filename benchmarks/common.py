@@ -279,10 +279,11 @@ class Benchmark:
         return row
 
     def _learn(self, row: dict[str, Any], works: Mapping[str, float]) -> None:
-        """Notes how fast the calls of a row are, by which the next case is judged."""
+        """Notes how fast the calls of a row are at their best, by which the next case is judged: a run that something
+        else on the machine held up says nothing of it."""
         for name, call in row["calls"].items():
-            if "seconds" in call and works.get(name):
-                self._seconds_per_work[name] = call["seconds"] / works[name]
+            if "runs" in call and works.get(name):
+                self._seconds_per_work[name] = min(call["runs"]) / works[name]
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
         """Keeps and returns a row."""
