@@ -139,6 +139,29 @@ class Goal(NamedTuple):
     met: bool
 
 
+def keep_freed_memory(keep: bool = True) -> bool:
+    """Makes this process keep the memory it frees, and not give large tensors' back to the system, which then has to
+    make every page of the next one anew: up to 40 us each were seen on a virtual machine, ten times the work itself.
+
+    The allocators that PyTorch recommends for CPUs keep it likewise. Otherwise tensors of more than 32 MB are given
+    back, which is where glibc's thresholds end up when it adjusts them itself (mallopt(3)).
+
+    Returns:
+        Whether it is so: only glibc can be told.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    trim_threshold, mmap_threshold, mmap_most = -1, -3, -4
+    if keep:
+        return bool(mallopt(mmap_most, 0) and mallopt(trim_threshold, -1))
+    mallopt(mmap_most, 65_536)
+    mallopt(mmap_threshold, 32 << 20)
+    mallopt(trim_threshold, 64 << 20)
+    return False
+
+
 class PeakMemory:
     """Counts the most bytes that this process (`"cpu"`, Linux only) or a GPU held inside, beyond those before.
 
@@ -198,6 +221,7 @@ class Benchmark:
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
+        self.keeps_memory = arguments.device == "cpu" and keep_freed_memory()
         model = getattr(arguments, "model", None)
         parts = [name, arguments.device.split(":")[0], *([Path(model).name] if model else [])]
         self.output = arguments.output
@@ -212,7 +236,7 @@ class Benchmark:
                 + ([f"--repeats {arguments.repeats}"] if arguments.repeats != REPEATS else [])
                 + ([f"--limit {arguments.limit:g}"] if arguments.limit != LIMIT else [])
             ),
-            "machine": describe_machine(arguments.device),
+            "machine": describe_machine(arguments.device) | {"keeps_freed_memory": self.keeps_memory},
             "rows": [],
         }
         if arguments.resume and self.output is not None and self.output.exists():
@@ -267,6 +291,8 @@ class Benchmark:
                 else:
                     figures[name] = {"runs": [], "bytes": memory.bytes}
         measured = [name for name in figures if "runs" in figures[name]]
+        if self.keeps_memory and measured:
+            torch.ones(max(figures[name]["bytes"] or 0 for name in measured), dtype=torch.uint8)  # freed, and kept
         title = ", ".join(f"{key} {value}" for key, value in case.items())
         order = random.Random(0)
         for _ in tqdm(range(self.arguments.repeats), desc=title, unit="run", delay=1, leave=False, disable=None):
@@ -350,11 +376,16 @@ def ratio(row: dict[str, Any], name: str, to: str) -> float | None:
 
 
 def figure(row: dict[str, Any], name: str, field: str, scale: float = 1) -> str:
-    """Returns a call's `"seconds"` or `"bytes"` for a table, or why it has none."""
+    """Returns a call's `"seconds"` or `"bytes"` for a table, or why it has none; where its longest run took more than
+    half as long again as the shortest, with their range."""
     call = row["calls"].get(name, {})
     if "left_out" in call:
         return call["left_out"]
-    return number(None if call.get(field) is None else call[field] / scale)
+    text = number(None if call.get(field) is None else call[field] / scale)
+    runs = [seconds / scale for seconds in call.get("runs", [])] if field == "seconds" else []
+    if runs and max(runs) > 1.5 * min(runs):
+        text += f" ({number(min(runs))} to {number(max(runs))})"
+    return text
 
 
 def number(value: float | None) -> str:

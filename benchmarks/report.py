@@ -43,8 +43,9 @@ fastlongspeech cost interview.mp3 --target-length 400 --model Qwen/Qwen2-Audio-7
 ```
 
 Times are medians over repeats after one run to warm up, and ratios are medians over pairs that ran in turn, unless a
-section says otherwise; memory is the peak of a run beyond what was held before it. "Every frame" is what NTK-RoPE
-reads, whose stretched positions cost nothing by themselves.
+section says otherwise; where the longest run took more than half as long again as the shortest, their range stands
+beside the median, and ratios of such runs say little. Memory is the peak of a run beyond what was held before it.
+"Every frame" is what NTK-RoPE reads, whose stretched positions cost nothing by themselves.
 """
 
 
@@ -106,8 +107,9 @@ def machine(facts: dict[str, Any]) -> str:
     versions = f"torch {facts['torch']}, transformers {facts['transformers']}"
     if "device" not in facts:
         return f"Counted with {versions}."
+    kept = ", freed memory kept" if facts.get("keeps_freed_memory") else ""
     return (
-        f"On {facts['device']} ({facts['dtype']}; {facts['cores']} cores, {facts['threads']} threads), load "
+        f"On {facts['device']} ({facts['dtype']}; {facts['cores']} cores, {facts['threads']} threads{kept}), load "
         f"{facts['load_before']} before, with {versions}, Python {facts['python']}, on {facts['date']}."
     )
 

@@ -36,6 +36,7 @@ from .common import (
     dtype_of,
     figure,
     free_bytes,
+    keep_freed_memory,
     load_config,
     number,
     parse,
@@ -85,6 +86,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             name = str(dtype).removeprefix("torch.")
             measure(name, encode(few, few, copy.deepcopy(encoder).to(dtype)), encode(few, few))
 
+    if device == "cpu":
+        measure("freed memory kept", with_freed_memory(True, encode(usual)), with_freed_memory(False, encode(usual)))
+        keep_freed_memory()
+
     first, last = encoder.conv1, encoder.conv2
     batch = windows_of(30 * usual, encoder.config.num_mel_bins, device)["input_features"]
 
@@ -116,6 +121,16 @@ def memory_batch(encoder: Any, device: str) -> int:
     widest = max(config.encoder_ffn_dim, 4 * config.d_model)
     of_window = 1500.0 * (widest + 4 * config.d_model) * encoder.dtype.itemsize
     return max(1, min(16 if device == "cpu" else 64, int(free_bytes(device) / 2 / of_window)))
+
+
+def with_freed_memory(keep: bool, call: Callable[[], Any]) -> Callable[[], Any]:
+    """Returns a call in a process that keeps the memory it frees, or gives it back to the system."""
+
+    def measured() -> None:
+        keep_freed_memory(keep)
+        call()
+
+    return measured
 
 
 def channels_last(features: Tensor, first: torch.nn.Conv1d, last: torch.nn.Conv1d) -> Tensor:

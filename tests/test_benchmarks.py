@@ -4,11 +4,12 @@ import json
 import threading
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from fastlongspeech.benchmarks import encoder, flops, frontend, fusion, prefill, recording, report, trials
-from fastlongspeech.benchmarks.common import Benchmark, PeakMemory, parse, ratio
+from fastlongspeech.benchmarks.common import Benchmark, PeakMemory, figure, keep_freed_memory, parse, ratio
 from fastlongspeech.markdown import table
 
 QUICK = [fusion, encoder, prefill, frontend, recording, trials, flops]
@@ -96,6 +97,19 @@ def test_what_would_take_too_long_or_too_much_is_left_out_and_named(benchmark):
     assert row["calls"]["quick"] == {"left_out": "needs 1000000000 GB"}
 
 
+def test_runs_that_were_held_up_leave_no_case_out(benchmark):
+    pauses = iter([0.0, 0.2, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0])
+    calls = {"quick": lambda: threading.Event().wait(next(pauses))}
+    benchmark.measure({"size": 1}, calls, work=1.0)
+    assert "runs" in benchmark.measure({"size": 10}, calls, work=10.0)["calls"]["quick"]
+
+
+def test_runs_that_differ_by_half_show_their_range():
+    calls = {"even": {"runs": [2.0, 2.5], "seconds": 2.25}, "uneven": {"runs": [2.0, 10.0], "seconds": 6.0}}
+    assert figure({"calls": calls}, "even", "seconds") == "2.25"
+    assert figure({"calls": calls}, "uneven", "seconds") == "6 (2 to 10)"
+
+
 def test_resume_keeps_the_cases_that_are_there_and_knows_how_long_they_took(benchmark):
     pause = threading.Event()
     first = benchmark.measure({"size": 1}, {"slow": lambda: pause.wait(0.1)}, work=1.0)
@@ -116,6 +130,24 @@ def test_peak_memory_is_what_was_taken_inside():
         pytest.skip("only Linux tells the peak")
     assert 75e6 < memory.bytes < 110e6
     assert len(kept)
+
+
+def test_freed_memory_is_kept_or_given_back():
+    def held_after_freeing() -> int:
+        np.ones(80_000_000 // 8).sum()
+        return psutil.Process().memory_info().rss
+
+    if not keep_freed_memory():
+        pytest.skip("only glibc can be told")
+    try:
+        kept = held_after_freeing()
+        with PeakMemory("cpu"):  # gives back what is kept
+            given_back = psutil.Process().memory_info().rss
+        keep_freed_memory(False)
+        assert kept - given_back > 70e6
+        assert held_after_freeing() - given_back < 10e6
+    finally:
+        keep_freed_memory(False)
 
 
 def test_a_table_is_markdown():
