@@ -141,10 +141,11 @@ class Goal(NamedTuple):
 
 def keep_freed_memory(keep: bool = True) -> bool:
     """Makes this process keep the memory it frees, and not give large tensors' back to the system, which then has to
-    make every page of the next one anew: up to 40 us each were seen on a virtual machine, ten times the work itself.
+    make every page of the next one anew. How long that takes can change within minutes on a virtual machine, and then
+    it is that which a benchmark measures.
 
-    The allocators that PyTorch recommends for CPUs keep it likewise. Otherwise tensors of more than 32 MB are given
-    back, which is where glibc's thresholds end up when it adjusts them itself (mallopt(3)).
+    Otherwise tensors of more than 32 MB are given back, which is where glibc's thresholds end up when it adjusts them
+    itself (mallopt(3)).
 
     Returns:
         Whether it is so: only glibc can be told.
@@ -217,11 +218,12 @@ class Benchmark:
     Args:
         name: of the benchmark, begins the name of the file.
         arguments: see `parse`.
+        keep_memory: whether to keep freed memory on a CPU, see `keep_freed_memory`.
     """
 
-    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+    def __init__(self, name: str, arguments: argparse.Namespace, keep_memory: bool = True) -> None:
         self.arguments = arguments
-        self.keeps_memory = arguments.device == "cpu" and keep_freed_memory()
+        self.keeps_memory = arguments.device == "cpu" and keep_memory and keep_freed_memory()
         model = getattr(arguments, "model", None)
         parts = [name, arguments.device.split(":")[0], *([Path(model).name] if model else [])]
         self.output = arguments.output
@@ -236,7 +238,8 @@ class Benchmark:
                 + ([f"--repeats {arguments.repeats}"] if arguments.repeats != REPEATS else [])
                 + ([f"--limit {arguments.limit:g}"] if arguments.limit != LIMIT else [])
             ),
-            "machine": describe_machine(arguments.device) | {"keeps_freed_memory": self.keeps_memory},
+            "machine": describe_machine(arguments.device)
+            | ({"keeps_freed_memory": True} if self.keeps_memory else {}),
             "rows": [],
         }
         if arguments.resume and self.output is not None and self.output.exists():

@@ -5,9 +5,12 @@
 Ours at several L and average pooling, against reading every frame, which is what NTK-RoPE does: it changes the base of
 the rotary positions, which takes no time, so the same weights serve for all. Every method computes logits at the last
 position alone, save the stock model of transformers, which reads at most 30 s. A batch holds recordings of the same
-duration. Beside the times stand the counted operations, see `cost.py`.
+duration. Beside the times stand the counted operations, see `cost.py`. They tell the ratio of times where the encoder
+does as many a second as the language model; a table says how many each does. On a CPU it does fewer: by a profile,
+attention over 1,500 positions takes the most, whose softmax is not counted.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import log
@@ -70,8 +73,41 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         work[STOCK], needs[STOCK] = work[EVERY_FRAME], needs[EVERY_FRAME] + logits
         row = benchmark.measure({"batch": batch, "seconds": seconds}, calls, work, needs)
         benchmark.note(row, tflops={name: batch * costs.total / 1e12 for name, costs in counted.items()})
+        if "seconds" in row["calls"][EVERY_FRAME] and "seconds_of_parts" not in row:
+            flops = counted[EVERY_FRAME].flops
+            parts = seconds_of_parts(model, calls[EVERY_FRAME], device)
+            benchmark.note(
+                row, seconds_of_parts=parts, tflops_of_parts={part: batch * flops[part] / 1e12 for part in parts}
+            )
     print(report(benchmark.results))
     return benchmark.results
+
+
+def seconds_of_parts(model: Any, call: Callable[[], Any], device: str) -> dict[str, float]:
+    """Returns how long the parts of the model took in one call, named as in `Cost.flops`."""
+    seconds = dict.fromkeys(("encoder", "prefill"), 0.0)
+    hooks = []
+
+    def clock() -> float:
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def begins(part: str, *_: Any) -> None:
+        seconds[part] -= clock()
+
+    def ends(part: str, *_: Any) -> None:
+        seconds[part] += clock()
+
+    for part, module in (("encoder", model.model.audio_tower), ("prefill", model.model.language_model)):
+        hooks.append(module.register_forward_pre_hook(partial(begins, part)))
+        hooks.append(module.register_forward_hook(partial(ends, part)))
+    try:
+        call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seconds
 
 
 def stock_model(model: Any) -> Any:
@@ -140,7 +176,7 @@ def report(results: dict[str, Any]) -> str:
     """Returns the tables of results: ratios, seconds and memory."""
     names = [*METHODS, STOCK]
     others = [name for name in names if name != EVERY_FRAME]
-    ratios, seconds, memory = [], [], []
+    ratios, seconds, memory, speeds = [], [], [], []
     for row in results["rows"]:
         case = [f"{row['case']['seconds']:,}", str(row["case"]["batch"])]
         counted = {name: flops / row["tflops"][EVERY_FRAME] for name, flops in row["tflops"].items()}
@@ -148,11 +184,16 @@ def report(results: dict[str, Any]) -> str:
         ratios.append(case + [f"{measured} ({count})" if count else measured for measured, count in pairs])
         seconds.append(case + [figure(row, name, "seconds") for name in names])
         memory.append(case + [figure(row, name, "bytes", 1e6) for name in names])
+        if parts := row.get("seconds_of_parts"):
+            speeds.append(case + [number(row["tflops_of_parts"][part] * 1e3 / parts[part]) for part in parts])
     first = ["recording, s", "batch"]
+    of_parts = ["Operations a second of its parts when every frame is read, in GFLOP/s:"]
+    of_parts += [table([*first, "encoder", "language model"], speeds)]
     return "\n\n".join(
         [
             "Seconds in terms of those of every frame, and in brackets the counted operations likewise:",
             table(first + others, ratios),
+            *(of_parts if speeds else []),
             "Seconds to the first token:",
             table(first + names, seconds),
             "Peak memory beyond weights and mel features, MB:",
