@@ -331,15 +331,18 @@ class Benchmark:
             self.output.write_text(json.dumps(self.results, indent=1) + "\n")
 
 
-def _seconds(call: Callable[[], Any], device: str) -> float:
+def clock(device: str) -> float:
+    """Returns the time in seconds, once a GPU has done what it was given."""
     if device != "cpu":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    return time.perf_counter()
+
+
+def _seconds(call: Callable[[], Any], device: str) -> float:
+    start = clock(device)
     with torch.no_grad():
         call()
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock(device) - start
 
 
 def describe_machine(device: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ does as many a second as the language model; a table says how many each does. On
 attention over 1,500 positions takes the most, whose softmax is not counted.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import log
@@ -26,6 +25,7 @@ from .common import (
     FRAMES_PER_SECOND,
     Benchmark,
     Goal,
+    clock,
     figure,
     load_model,
     number,
@@ -88,16 +88,11 @@ def seconds_of_parts(model: Any, call: Callable[[], Any], device: str) -> dict[s
     seconds = dict.fromkeys(("encoder", "prefill"), 0.0)
     hooks = []
 
-    def clock() -> float:
-        if device != "cpu":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
     def begins(part: str, *_: Any) -> None:
-        seconds[part] -= clock()
+        seconds[part] -= clock(device)
 
     def ends(part: str, *_: Any) -> None:
-        seconds[part] += clock()
+        seconds[part] += clock(device)
 
     for part, module in (("encoder", model.model.audio_tower), ("prefill", model.model.language_model)):
         hooks.append(module.register_forward_pre_hook(partial(begins, part)))
