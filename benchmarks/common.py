@@ -25,6 +25,7 @@ from fastlongspeech.cost import QWEN2_AUDIO_7B
 
 RESULTS = Path(__file__).parent / "results"
 REPEATS, LIMIT = 5, 120.0
+DTYPES = ("float32", "bfloat16", "float16")
 FRAMES_PER_SECOND = 25
 MEL_FRAMES_PER_SECOND = 100
 MEL_FRAMES_PER_WINDOW = 3000
@@ -52,11 +53,18 @@ TINY: dict[str, Any] = {
 SIZES = {"7b": QWEN2_AUDIO_7B, "tenth": TENTH, "tiny": TINY}
 
 
-def parse(description: str, argv: Sequence[str] | None, models: tuple[str, str] | None = None) -> argparse.Namespace:
-    """Returns the options that all benchmarks have and, where it has defaults on a CPU and on a GPU, `--model`."""
+def parse(
+    description: str,
+    argv: Sequence[str] | None,
+    models: tuple[str, str] | None = None,
+    seconds: Sequence[int] | None = None,
+) -> argparse.Namespace:
+    """Returns the options that all benchmarks have, `dtype` as torch's; and `--model`, where it has defaults on a CPU
+    and on a GPU, and `--seconds`, where there are durations to choose among."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=found, help="such as cpu, cuda or cuda:1 (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--repeats", type=int, default=REPEATS, metavar="N", help="timed runs after one to warm up")
     parser.add_argument("--limit", type=float, default=LIMIT, metavar="S", help="leave out what a run of takes longer")
     parser.add_argument("--output", type=Path, help="file of results (default: in benchmarks/results/; --quick: none)")
@@ -67,7 +75,12 @@ def parse(description: str, argv: Sequence[str] | None, models: tuple[str, str] 
         parser.add_argument(
             "--model", help=f"{sizes} (random weights) or a folder (default: {models[found != 'cpu']})"
         )
+    if seconds is not None:
+        parser.add_argument(
+            "--seconds", type=int, nargs="+", choices=seconds, metavar="S", help="only recordings of S"
+        )
     arguments = parser.parse_args(argv)
+    arguments.dtype = getattr(torch, arguments.dtype or default_dtype(arguments.device))
     if arguments.quick:
         arguments.repeats = 1
     if models is not None and arguments.model is None:
@@ -75,9 +88,9 @@ def parse(description: str, argv: Sequence[str] | None, models: tuple[str, str] 
     return arguments
 
 
-def dtype_of(device: str) -> torch.dtype:
-    """Returns what models run in: bfloat16 on a GPU, float32 on a CPU."""
-    return torch.float32 if device == "cpu" else torch.bfloat16
+def default_dtype(device: str) -> str:
+    """Returns what models run in unless another `--dtype` is given."""
+    return "float32" if device == "cpu" else "bfloat16"
 
 
 def load_config(name: str, **fields: Any) -> FastLongSpeechConfig:
@@ -87,23 +100,21 @@ def load_config(name: str, **fields: Any) -> FastLongSpeechConfig:
     return FastLongSpeechConfig.from_pretrained(name, **fields)
 
 
-def load_model(name: str, device: str, **fields: Any) -> Any:
+def load_model(name: str, device: str, dtype: torch.dtype, **fields: Any) -> Any:
     """Returns a model of `SIZES` with random weights, or the one in a folder, that answers without ending.
 
     Args:
         name: of `SIZES`, or a folder.
-        device: where it is put, in the dtype of `dtype_of`.
+        device, dtype: where it is put, and in what.
         fields: of its configuration, to be changed.
     """
     if name in SIZES:
         torch.manual_seed(0)
         config = load_config(name, **fields)
         with torch.device(device):
-            model: Any = FastLongSpeechForConditionalGeneration._from_config(config, dtype=dtype_of(device))
+            model: Any = FastLongSpeechForConditionalGeneration._from_config(config, dtype=dtype)
     else:
-        model = FastLongSpeechForConditionalGeneration.from_pretrained(name, dtype=dtype_of(device), **fields).to(
-            device
-        )
+        model = FastLongSpeechForConditionalGeneration.from_pretrained(name, dtype=dtype, **fields).to(device)
     model.generation_config.eos_token_id = None
     return model.eval()
 
@@ -116,7 +127,9 @@ def tiny_processor(mel_bins: int) -> FastLongSpeechProcessor:
     return FastLongSpeechProcessor(WhisperFeatureExtractor(feature_size=mel_bins), tokenizer)
 
 
-def windows_of(seconds: float, mel_bins: int, device: str, recordings: int = 1) -> dict[str, torch.Tensor]:
+def windows_of(
+    seconds: float, mel_bins: int, device: str, dtype: torch.dtype, recordings: int = 1
+) -> dict[str, torch.Tensor]:
     """Returns model inputs for recordings of noise, all of the same duration."""
     left = round(seconds * MEL_FRAMES_PER_SECOND)
     mel_frames = [min(MEL_FRAMES_PER_WINDOW, left - start) for start in range(0, left, MEL_FRAMES_PER_WINDOW)]
@@ -124,7 +137,7 @@ def windows_of(seconds: float, mel_bins: int, device: str, recordings: int = 1) 
     generator = torch.Generator(device).manual_seed(0)
     shape = (len(mask), mel_bins, MEL_FRAMES_PER_WINDOW)
     return {
-        "input_features": torch.randn(shape, generator=generator, device=device, dtype=dtype_of(device)),
+        "input_features": torch.randn(shape, generator=generator, device=device, dtype=dtype),
         "feature_attention_mask": mask.long().to(device),
         "windows_per_audio": torch.tensor([len(mel_frames)] * recordings, device=device),
     }
@@ -225,6 +238,8 @@ class Benchmark:
         self.arguments = arguments
         self.keeps_memory = arguments.device == "cpu" and keep_memory and keep_freed_memory()
         model = getattr(arguments, "model", None)
+        dtype = str(arguments.dtype).removeprefix("torch.")
+        seconds = getattr(arguments, "seconds", None)
         parts = [name, arguments.device.split(":")[0], *([Path(model).name] if model else [])]
         self.output = arguments.output
         if self.output is None and not arguments.quick:
@@ -235,10 +250,12 @@ class Benchmark:
             "command": " ".join(
                 [f"python -m fastlongspeech.benchmarks.{name} --device {arguments.device}"]
                 + ([f"--model {model}"] if model else [])
+                + ([f"--dtype {dtype}"] if dtype != default_dtype(arguments.device) else [])
+                + ([f"--seconds {' '.join(map(str, seconds))}"] if seconds else [])
                 + ([f"--repeats {arguments.repeats}"] if arguments.repeats != REPEATS else [])
                 + ([f"--limit {arguments.limit:g}"] if arguments.limit != LIMIT else [])
             ),
-            "machine": describe_machine(arguments.device)
+            "machine": describe_machine(arguments.device, dtype)
             | ({"keeps_freed_memory": True} if self.keeps_memory else {}),
             "rows": [],
         }
@@ -345,7 +362,7 @@ def _seconds(call: Callable[[], Any], device: str) -> float:
     return clock(device) - start
 
 
-def describe_machine(device: str) -> dict[str, Any]:
+def describe_machine(device: str, dtype: str) -> dict[str, Any]:
     """Returns what a measurement depends on: processor, GPU, memory, versions, and how busy the machine was."""
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
@@ -357,7 +374,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "processor": processor,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "dtype": str(dtype_of(device)).removeprefix("torch."),
+        "dtype": dtype,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -16,7 +16,7 @@ from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncod
 from fastlongspeech.encoder_fastlongspeech import FastLongSpeechEncoder
 from fastlongspeech.markdown import table
 
-from .common import Benchmark, dtype_of, figure, load_config, number, parse, ratio, windows_of
+from .common import Benchmark, figure, load_config, number, parse, ratio, windows_of
 
 SECONDS = (1, 2, 5, 10, 20, 30)
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -25,19 +25,19 @@ OURS, STOCK = "ours", "stock"
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parse(__doc__ or "", argv, models=("7b", "7b"))
-    device, quick = arguments.device, arguments.quick
+    device, dtype, quick = arguments.device, arguments.dtype, arguments.quick
     config = load_config(arguments.model).audio_config
     torch.manual_seed(0)
     with torch.device(device):
-        ours = FastLongSpeechEncoder._from_config(config, dtype=dtype_of(device)).eval()
+        ours = FastLongSpeechEncoder._from_config(config, dtype=dtype).eval()
     with torch.device("meta"):
-        stock = Qwen2AudioEncoder._from_config(config, dtype=dtype_of(device)).eval()
+        stock = Qwen2AudioEncoder._from_config(config, dtype=dtype).eval()
     stock.load_state_dict(ours.state_dict(), assign=True)
 
     benchmark = Benchmark("encoder", arguments)
     for batch in (2,) if quick else BATCHES:
         for seconds in (1, 30) if quick else SECONDS:
-            inputs = windows_of(seconds, ours.config.num_mel_bins, device, batch)
+            inputs = windows_of(seconds, ours.config.num_mel_bins, device, dtype, batch)
             features, mel_frames = inputs["input_features"], inputs["feature_attention_mask"].sum(1).cpu()
             positions = torch.arange(1500, device=device)
             mask = create_bidirectional_mask(

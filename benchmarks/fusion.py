@@ -31,7 +31,7 @@ from fastlongspeech.encoder_fastlongspeech import FastLongSpeechCTCDecoder, Fast
 from fastlongspeech.fusion_fastlongspeech import content_density, iterative_fusion
 from fastlongspeech.markdown import table
 
-from .common import Benchmark, Goal, dtype_of, figure, free_bytes, load_config, number, parse, ratio
+from .common import Benchmark, Goal, figure, free_bytes, load_config, number, parse, ratio
 
 TARGET_LENGTH = 400
 FRAMES = (750, 1500, 3319, 9000, 22_500, 90_000, 900_000)
@@ -90,17 +90,17 @@ class Densities(nn.Module):
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parse(__doc__ or "", argv)
-    device, quick = arguments.device, arguments.quick
+    device, dtype, quick = arguments.device, arguments.dtype, arguments.quick
     config = load_config("tiny" if quick else "7b")
     width = config.audio_config.d_model  # type: ignore[union-attr]
     torch.manual_seed(0)
     with torch.device(device):
-        encoder = FastLongSpeechEncoder._from_config(config.audio_config, dtype=dtype_of(device)).eval()
+        encoder = FastLongSpeechEncoder._from_config(config.audio_config, dtype=dtype).eval()
         exact = Densities(config).eval()
-        density = Densities(config).to(dtype_of(device)).eval()
+        density = Densities(config).to(dtype).eval()
     density.load_state_dict(exact.state_dict())
     windows = 1 if device == "cpu" else config.windows_per_batch
-    features = torch.randn(windows, encoder.config.num_mel_bins, 3000, device=device, dtype=dtype_of(device))
+    features = torch.randn(windows, encoder.config.num_mel_bins, 3000, device=device, dtype=dtype)
     mel_frames = torch.full((windows,), 3000)
 
     benchmark = Benchmark("fusion", arguments)
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             calls: dict[str, Callable[[], Any]] = dict.fromkeys(METHODS, partial(refuse, needed))
             frames = None  # those of the case before are given back
             if needed <= free_bytes(device):
-                frames = alike((batch, count, width), device).to(dtype_of(device))
+                frames = alike((batch, count, width), device).to(dtype)
                 calls = {
                     OURS: partial(fuse, frames, density),
                     TWO: partial(loop, frames, TARGET_LENGTH, density.two),

@@ -47,17 +47,18 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    arguments = parse(__doc__ or "", argv, models=("tenth", "7b"))
+    arguments = parse(__doc__ or "", argv, models=("tenth", "7b"), seconds=SECONDS)
     device, quick = arguments.device, arguments.quick
-    model = load_model(arguments.model, device)
+    model = load_model(arguments.model, device, arguments.dtype)
     cost = ModelCost(model.config)
     stock = stock_model(model)
     benchmark = Benchmark("prefill", arguments)
-    cases = [(1, seconds) for seconds in ((40,) if quick else SECONDS)]
-    cases += [(batch, 30) for batch in ((2,) if quick else BATCHES)]
+    cases = [(1, seconds) for seconds in arguments.seconds or ((40,) if quick else SECONDS)]
+    if not arguments.seconds:
+        cases += [(batch, 30) for batch in ((2,) if quick else BATCHES)]
     for batch, seconds in cases:
         counted = {name: cost.recording(seconds, **options) for name, options in METHODS.items()}
-        audio = windows_of(seconds, model.config.audio_config.num_mel_bins, device, batch)
+        audio = windows_of(seconds, model.config.audio_config.num_mel_bins, device, model.dtype, batch)
         calls: dict[str, Callable[[], Any]] = {}
         for name, options in METHODS.items():
             inputs = audio | prompts(model.config, batch, counted[name].tokens, device)

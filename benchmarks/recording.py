@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parse(__doc__ or "", argv, models=("tenth", "7b"))
     device = arguments.device
     processor = tiny_processor(load_config(arguments.model).audio_config.num_mel_bins)  # type: ignore[union-attr]
-    model = load_model(arguments.model, device, audio_token_index=processor.audio_token_id)
+    model = load_model(arguments.model, device, arguments.dtype, audio_token_index=processor.audio_token_id)
     benchmark = Benchmark("recording", arguments)
     with tempfile.TemporaryDirectory() as folder:
         path = write_noise(Path(folder, "recording.flac"), 1, 16_000, 1)

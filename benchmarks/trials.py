@@ -33,7 +33,6 @@ from fastlongspeech.markdown import table
 from .common import (
     MEL_FRAMES_PER_WINDOW,
     Benchmark,
-    dtype_of,
     figure,
     free_bytes,
     keep_freed_memory,
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         usual = encoder_fastlongspeech.CPU_MEL_FRAMES // MEL_FRAMES_PER_WINDOW
     torch.manual_seed(0)
     with torch.device(device):
-        encoder = FastLongSpeechEncoder._from_config(config.audio_config, dtype=dtype_of(device)).eval()
+        encoder = FastLongSpeechEncoder._from_config(config.audio_config, dtype=arguments.dtype).eval()
     benchmark = Benchmark("trials", arguments, keep_memory=False)
 
     def measure(name: str, trial: Callable[[], Any], as_it_is: Callable[[], Any]) -> None:
@@ -68,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     def encode(count: int, batch: int = usual, encoder: Any = encoder) -> Callable[[], Any]:
         """Returns a call that encodes `count` windows in batches."""
-        windows = windows_of(30 * count, encoder.config.num_mel_bins, device)
+        windows = windows_of(30 * count, encoder.config.num_mel_bins, device, arguments.dtype)
 
         def call() -> None:
             with patch.object(encoder_fastlongspeech, "CPU_MEL_FRAMES", batch * MEL_FRAMES_PER_WINDOW):
@@ -91,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         keep_freed_memory(False)
 
     first, last = encoder.conv1, encoder.conv2
-    batch = windows_of(30 * usual, encoder.config.num_mel_bins, device)["input_features"]
+    batch = windows_of(30 * usual, encoder.config.num_mel_bins, device, arguments.dtype)["input_features"]
 
     def convolve() -> Tensor:
         return F.gelu(last(F.gelu(first(batch))))
@@ -170,8 +169,7 @@ def front_end_pair(encoder: Any, path: Path, size: int) -> tuple[Callable[[], An
 
 def transfer_pair(encoder: Any, device: str, size: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Returns two ways to encode four batches of windows in main memory: the next is copied meanwhile, and in turn."""
-    features, mask, _ = windows_of(30 * size, encoder.config.num_mel_bins, "cpu").values()
-    features = features.to(encoder.dtype)
+    features, mask, _ = windows_of(30 * size, encoder.config.num_mel_bins, "cpu", encoder.dtype).values()
     pinned, mask, stream = features.pin_memory(), mask.to(device), torch.cuda.Stream(device)
 
     def in_turn() -> None:

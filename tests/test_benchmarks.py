@@ -59,6 +59,14 @@ def test_growth_is_that_of_the_long_recordings():
     ]
 
 
+def test_durations_and_dtype_can_be_chosen(tmp_path):
+    words = ["--quick", "--device", "cpu", "--output", str(tmp_path / "a.json")]
+    made = prefill.main([*words, "--dtype", "bfloat16", "--seconds", "10", "60"])
+    assert [row["case"] for row in made["rows"]] == [{"batch": 1, "seconds": 10}, {"batch": 1, "seconds": 60}]
+    assert made["machine"]["dtype"] == "bfloat16"
+    assert "--model tiny --dtype bfloat16 --seconds 10 60 --repeats 1" in made["command"]
+
+
 def test_a_page_of_nothing_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="holds no results"):
         report.main(["--results", str(tmp_path), "--docs", str(tmp_path)])
