@@ -91,9 +91,10 @@ class Cost:
         seconds, windows, frames: of the recording, 25 frames a second.
         tokens: frames that are left for the language model.
         flops: floating-point operations by part. `encoder`: the windows through the audio encoder; `ctc decoder`: the
-            densities of the frames, in every round; `fusion`: similarities and weighted means, in every round;
-            `projector`: the frames left, to the width of the language model; `prefill`: these and the text through
-            the language model, with the logits of the first token of the answer; `answer`: its other tokens.
+            densities of all frames, in every round (a CPU takes fewer, see `fusion_fastlongspeech.renew_weights`);
+            `fusion`: similarities and weighted means, in every round; `projector`: the frames left, to the width of
+            the language model; `prefill`: these and the text through the language model, with the logits of the first
+            token of the answer; `answer`: its other tokens.
     """
 
     seconds: float

@@ -47,8 +47,8 @@ def iterative_fusion(
         frames: `(B, T, D)` floating point; what lies past a recording's length is ignored.
         lengths: `(B,)` integer, valid frames of each recording.
         target_length: L, 1 or more; one for all or `(B,)`.
-        density_fn: content density (Eq. 3) `(B, T)` of frames `(B, T, D)`; asked again for the fused frames in every
-            round, and treated as a constant by autograd.
+        density_fn: content density (Eq. 3) `(B', T')` of frames `(B', T', D)`; asked again for the fused frames in
+            every round, see `renew_weights`, and treated as a constant by autograd.
         schedule: `"halving"` or `"ladder"`, see `next_lengths`.
         ladder: the rungs of the ladder schedule, in frames.
 
@@ -68,8 +68,8 @@ def fuse(frames: Tensor, plan: list[Tensor], weights_fn: WeightsFunction, pairs_
     Args:
         frames: `(B, T, D)` floating point; what lies past a recording's length is ignored.
         plan: the lengths `(B,)` int64 on the CPU, at first and after every round.
-        weights_fn: weights `(B, T)` of frames `(B, T, D)`, in the dtype of `frames`, each of which stands for a number
-            `(B, T)` of the recording's own; asked in every round, and treated as a constant by autograd.
+        weights_fn: weights `(B', T')` of frames `(B', T', D)`, in the dtype of `frames`, each of which stands for a
+            number `(B', T')` of the recording's own; see `renew_weights`. Autograd treats them as constants.
         pairs_fn: chooses the neighbours to glue, as `most_similar_pairs` does.
     """
     device, dtype = frames.device, frames.dtype
@@ -81,19 +81,43 @@ def fuse(frames: Tensor, plan: list[Tensor], weights_fn: WeightsFunction, pairs_
     frames = frames.float()
     if bool((plan[0] < width).any()):
         frames = frames.masked_fill(~valid_positions(lengths, width)[..., None], 0.0)
+    weights, fresh = torch.zeros_like(starts, dtype=torch.float32), valid_positions(lengths, width)
     for shorter, width in zip(rounds, widths, strict=True):
         with torch.no_grad():
             members = torch.diff(starts, append=ends_at)
-            weights = weights_fn(frames.to(dtype), members).detach().to(device, torch.float32)
+            weights = renew_weights(weights, fresh, frames.to(dtype), members, weights_fn)
             glued = pairs_fn(similarities(frames), lengths, lengths - shorter)
             sizes = span_sizes(glued, lengths, width)
-        starts = starts.gather(1, (sizes.cumsum(1) - sizes).clamp(max=starts.shape[1] - 1)[:, :width])
-        starts = torch.where(valid_positions(shorter, width), starts, ends_at)
+            first = (sizes.cumsum(1) - sizes).clamp(max=starts.shape[1] - 1)[:, :width]
+        starts = torch.where(valid_positions(shorter, width), starts.gather(1, first), ends_at)
         fused = weighted_means(frames, weights, sizes)[:, :width]
         frames = torch.where((shorter < lengths)[:, None, None], fused, frames[:, :width])
+        weights, fresh = weights.gather(1, first), sizes[:, :width] > 1
         lengths = shorter
     spans = torch.stack((starts, torch.cat((starts[:, 1:], ends_at), dim=1)), dim=-1)
     return FusedFrames(frames.to(dtype), lengths, spans)
+
+
+def renew_weights(
+    weights: Tensor, fresh: Tensor, frames: Tensor, members: Tensor, weights_fn: WeightsFunction
+) -> Tensor:
+    """Returns the weights `(B, T)`, float32, of the frames of a round.
+
+    On a CPU `weights_fn` is asked, as for one row, for the fresh frames alone: one that was glued to no other in the
+    round before has kept its weight. Elsewhere the host would have to wait to hear how many are fresh, so it is asked
+    for all.
+
+    Args:
+        weights: of the same frames in the round before, `(B, T)` float32; on a CPU they are changed in place.
+        fresh: which frames are means that the round before has made, `(B, T)` bool; in the first all that are valid.
+        frames: `(B, T, D)`.
+        members: how many of the recording's frames each stands for, `(B, T)`.
+        weights_fn: see `fuse`.
+    """
+    if frames.device != torch.device("cpu"):
+        return weights_fn(frames, members).to(weights)
+    weights[fresh] = weights_fn(frames[fresh][None], members[fresh][None])[0].to(weights)
+    return weights
 
 
 def expand_targets(target_length: int | Tensor, recordings: int) -> Tensor:

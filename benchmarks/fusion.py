@@ -9,11 +9,12 @@ frame must be the same to 1e-4 of the largest element; where two similarities ar
 may differ. The encoder's time is that of one window, of a batch of 8 on a GPU, times the recording's windows.
 
 The last columns are of a profile (torch.profiler): the share of the time that goes into matrix products. On a CPU they
-are most of ours, and the loop with one matrix makes the same product, so that there is little to be faster in. Two
-matrices take 3.6 times the operations of their product; the ratio falls short of that by the rest of the time, which
-is mostly the softmax over the vocabulary, and by how fast a CPU multiplies matrices of each size. Found by a profile
-and mended: segment_reduce, which sums in a fixed order on a GPU, takes ten times as long on a CPU as index_add_, whose
-order is fixed there.
+are most of ours. Up to 800 frames there is one round, in which the loop with one matrix makes the same product, so
+that there is nothing to be faster in; in later rounds ours weighs only what the round before has fused. Two matrices
+take 3.6 times the operations of their product; the ratio falls short of that by the rest of the time, which is mostly
+the softmax over the vocabulary, and by how fast a CPU multiplies matrices of each size. Found by a profile and mended:
+segment_reduce, which sums in a fixed order on a GPU, takes ten times as long on a CPU as index_add_, whose order is
+fixed there.
 """
 
 import sys

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlongspeech.fusion_fastlongspeech import FusedFrames, content_density, iterative_fusion
+from fastlongspeech.fusion_fastlongspeech import FusedFrames, content_density, iterative_fusion, next_lengths
 
 LADDER = (400, 200, 100, 50, 25, 12)
 Density = Callable[[Tensor], Tensor]
@@ -100,14 +100,11 @@ def test_the_rounds_of_both_schedules() -> None:
     """Eq. 5 halves while T > 2L; the ladder steps on the rungs below T and then on L itself."""
 
     def rounds(length: int, target_length: int, schedule: str) -> list[int]:
-        asked: list[int] = []
-
-        def density(frames: Tensor) -> Tensor:
-            asked.append(frames.shape[1])
-            return uniform(frames)
-
-        iterative_fusion(torch.randn(1, length, 2), torch.tensor([length]), target_length, density, schedule, LADDER)
-        return asked
+        begins: list[int] = []
+        while length > target_length:
+            begins.append(length)
+            length = int(next_lengths(torch.tensor([length]), torch.tensor([target_length]), schedule, LADDER))
+        return begins
 
     assert rounds(1175, 200, "halving") == [1175, 587, 293]
     assert rounds(400, 200, "halving") == [400]
@@ -116,6 +113,21 @@ def test_the_rounds_of_both_schedules() -> None:
     assert rounds(400, 12, "ladder") == [400, 200, 100, 50, 25]
     assert rounds(11, 5, "ladder") == [11]
     assert rounds(750, 750, "ladder") == rounds(3, 9, "halving") == []
+
+
+def test_a_cpu_weighs_every_frame_once() -> None:
+    """A frame that is glued to no other in a round is not weighed again, and padding is not weighed at all."""
+    torch.manual_seed(0)
+    asked: list[Tensor] = []
+
+    def density(frames: Tensor) -> Tensor:
+        asked.append(frames.flatten(0, 1))
+        return uniform(frames)
+
+    iterative_fusion(torch.randn(2, 300, 4), torch.tensor([300, 190]), 20, density)
+    assert [len(frames) for frames in asked[:1]] == [490] and len(asked) == 4
+    weighed = torch.cat(asked)
+    assert len(weighed.unique(dim=0)) == len(weighed)
 
 
 def test_a_recording_is_fused_in_a_batch_as_alone() -> None:
