@@ -26,7 +26,7 @@ PARTS = ("decoding", "features", "first token")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    arguments = parse(__doc__ or "", argv, models=("tenth", "7b"))
+    arguments = parse(__doc__ or "", argv, models=("tenth", "7b"), seconds=SECONDS)
     device = arguments.device
     processor = tiny_processor(load_config(arguments.model).audio_config.num_mel_bins)  # type: ignore[union-attr]
     model = load_model(arguments.model, device, arguments.dtype, audio_token_index=processor.audio_token_id)
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = write_noise(Path(folder, "recording.flac"), 1, 16_000, 1)
         model.generate(**prepare(processor, load_recording(path)).to(device), max_new_tokens=1, do_sample=False)
-        for seconds in tqdm((1, 31) if arguments.quick else SECONDS, unit="recording", leave=False, disable=None):
+        durations = arguments.seconds or ((1, 31) if arguments.quick else SECONDS)
+        for seconds in tqdm(durations, unit="recording", leave=False, disable=None):
             if any(row["case"]["seconds"] == seconds for row in benchmark.results["rows"]):
                 continue
             write_noise(path, seconds, 16_000, 1)
