@@ -6,7 +6,8 @@ The paper's reading that fits its figures for short clips: one prefill and no an
 30 s, logits of the vocabulary at every position, a CTC decoder of two matrices, asked anew in every round of the
 ladder 400, 200, 100, 50. Frames and text tokens of the mean clip are fitted: the paper does not give them.
 LongSpeech-Eval is counted for one recording of its mean duration, halved by Eq. 5, with 40 text tokens; a spread of
-durations would add to what every frame costs, and hardly change ours.
+durations would add to what every frame costs, and hardly change ours. The densities are counted as a GPU takes them,
+of all frames in every round; a CPU leaves out those that have not changed.
 """
 
 import json

@@ -9,25 +9,26 @@ frame must be the same to 1e-4 of the largest element; where two similarities ar
 may differ. The encoder's time is that of one window, of a batch of 8 on a GPU, times the recording's windows.
 
 The last columns are of a profile (torch.profiler): the share of the time that goes into matrix products. On a CPU they
-are most of ours. Up to 800 frames there is one round, in which the loop with one matrix makes the same product, so
-that there is nothing to be faster in; in later rounds ours weighs only what the round before has fused. Two matrices
-take 3.6 times the operations of their product; the ratio falls short of that by the rest of the time, which is mostly
-the softmax over the vocabulary, and by how fast a CPU multiplies matrices of each size. Found by a profile and mended:
-segment_reduce, which sums in a fixed order on a GPU, takes ten times as long on a CPU as index_add_, whose order is
-fixed there.
+are most of ours. Up to 800 frames there is one round, in which the loop with one matrix makes the same product. Two
+matrices take 3.6 times the operations of their product; the ratio falls short of that by the rest of the time, which
+is mostly the softmax over the vocabulary, and by how fast a CPU multiplies matrices of each size. Found by a profile
+and mended: in later rounds a CPU weighs only the frames that the round before has fused (beside it stands what it
+takes to weigh all); segment_reduce, which sums in a fixed order on a GPU, takes ten times as long on a CPU as
+index_add_, whose order is fixed there.
 """
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from fastlongspeech import FastLongSpeechConfig
+from fastlongspeech import FastLongSpeechConfig, fusion_fastlongspeech
 from fastlongspeech.encoder_fastlongspeech import FastLongSpeechCTCDecoder, FastLongSpeechEncoder
 from fastlongspeech.fusion_fastlongspeech import content_density, iterative_fusion
 from fastlongspeech.markdown import table
@@ -39,7 +40,7 @@ FRAMES = (750, 1500, 3319, 9000, 22_500, 90_000, 900_000)
 BATCHES = (1, 8)
 WINDOW_FRAMES = 750
 CHUNK = 4096  # frames whose logits the loop holds at a time: all those of 10 hours would fill 36 GB
-METHODS = OURS, TWO, ONE = "ours", "loop, two matrices", "loop, one matrix"
+METHODS = OURS, TWO, ONE, ALL = "ours", "loop, two matrices", "loop, one matrix", "ours, all weighed every round"
 ENCODER = "encoder"
 
 
@@ -116,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     OURS: partial(fuse, frames, density),
                     TWO: partial(loop, frames, TARGET_LENGTH, density.two),
                     ONE: partial(loop, frames, TARGET_LENGTH, density.one),
+                    ALL: partial(fuse_weighing_all, frames, density),
                 }
             work = dict.fromkeys(calls, float(batch * count))
             needs = dict.fromkeys(calls, needed)
@@ -133,8 +135,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             if frames is not None and device == "cpu" and "products" not in row:
                 timed = [name for name in METHODS if "runs" in row["calls"][name]]
                 benchmark.note(row, products={name: share_of_products(calls[name]) for name in timed})
-            if "left_out" in row["calls"][OURS]:
-                break  # so would be those that are longer
     print(report(benchmark.results))
     return benchmark.results
 
@@ -161,6 +161,16 @@ def fuse(frames: Tensor, density: Densities) -> Any:
     """Returns what the model makes of a batch of recordings without padding."""
     lengths = torch.full((len(frames),), frames.shape[1])
     return iterative_fusion(frames, lengths, TARGET_LENGTH, density.ours)
+
+
+def fuse_weighing_all(frames: Tensor, density: Densities) -> Any:
+    """Returns the same, with the densities of all frames taken anew in every round."""
+
+    def weigh_all(_: Tensor, fresh: Tensor, frames: Tensor, members: Tensor, weights_fn: Callable) -> Tensor:
+        return weights_fn(frames, members)
+
+    with patch.object(fusion_fastlongspeech, "renew_weights", weigh_all):
+        return fuse(frames, density)
 
 
 @torch.no_grad()
@@ -236,14 +246,16 @@ def report(results: dict[str, Any]) -> str:
                 "" if share is None else f"{share:.1%}",
                 number(ratio(row, TWO, OURS)),
                 number(ratio(row, ONE, OURS)),
+                number(ratio(row, ALL, OURS)),
                 *(figure(row, name, "seconds") for name in METHODS),
                 *(figure(row, name, "bytes", 1e6) for name in METHODS),
                 *(f"{row['products'][name]:.0%}" if name in row.get("products", {}) else "" for name in METHODS),
             ]
         )
-    headings = ["frames", "batch", "share of the encoder's time", "two matrices / ours", "one matrix / ours"]
-    headings += ["ours, s", "two, s", "one, s", "ours, MB", "two, MB", "one, MB"]
-    headings += [f"{name}, in matrix products" for name in ("ours", "two", "one")]
+    headings = ["frames", "batch", "share of the encoder's time"]
+    headings += [f"{name} / ours" for name in ("two matrices", "one matrix", "all weighed")]
+    for what in ("s", "MB", "in matrix products"):
+        headings += [f"{name}, {what}" for name in ("ours", "two", "one", "all weighed")]
     largest = max((row["largest_difference"] for row in results["rows"] if "largest_difference" in row), default=None)
     fewest = min((row["equal_spans"] for row in results["rows"] if "equal_spans" in row), default=None)
     checked = ""

@@ -6,16 +6,19 @@ Ours at several L and average pooling, against reading every frame, which is wha
 the rotary positions, which takes no time, so the same weights serve for all. Every method computes logits at the last
 position alone, save the stock model of transformers, which reads at most 30 s. A batch holds recordings of the same
 duration. Beside the times stand the counted operations, see `cost.py`. They tell the ratio of times where the encoder
-does as many a second as the language model; a table says how many each does. On a CPU it does fewer: by a profile,
-attention over 1,500 positions takes the most, whose softmax is not counted.
+does as many a second as the language model; a table says how many each does and, on a CPU, what a profile of each
+(torch.profiler) finds: how much of its time goes into matrix products, and how much into attention, whose softmax is
+not counted.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import log
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2AudioForConditionalGeneration
 
 from fastlongspeech.cost import TEXT_TOKENS, ModelCost
@@ -36,6 +39,10 @@ from .common import (
 
 SECONDS = (10, 30, 60, 133, 300, 600, 1200, 1800, 3600, 7200)
 BATCHES = (2, 4, 8, 16, 32)  # at 30 s
+OPERATORS = {
+    "matrix products": ("aten::addmm", "aten::mm"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+}
 EVERY_FRAME, STOCK = "every frame (NTK-RoPE)", "stock"
 METHODS: dict[str, dict[str, Any]] = {
     "ours, L = 750": {"target_length": 750},
@@ -76,24 +83,35 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         benchmark.note(row, tflops={name: batch * costs.total / 1e12 for name, costs in counted.items()})
         if "seconds" in row["calls"][EVERY_FRAME] and "seconds_of_parts" not in row:
             flops = counted[EVERY_FRAME].flops
-            parts = seconds_of_parts(model, calls[EVERY_FRAME], device)
-            benchmark.note(
-                row, seconds_of_parts=parts, tflops_of_parts={part: batch * flops[part] / 1e12 for part in parts}
-            )
+            seconds_of_parts, shares = profile_parts(model, calls[EVERY_FRAME], device)
+            tflops = {part: batch * flops[part] / 1e12 for part in seconds_of_parts}
+            benchmark.note(row, seconds_of_parts=seconds_of_parts, tflops_of_parts=tflops, shares_of_parts=shares)
     print(report(benchmark.results))
     return benchmark.results
 
 
-def seconds_of_parts(model: Any, call: Callable[[], Any], device: str) -> dict[str, float]:
-    """Returns how long the parts of the model took in one call, named as in `Cost.flops`."""
+def profile_parts(
+    model: Any, call: Callable[[], Any], device: str
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Returns how long the parts of the model took in one call, named as in `Cost.flops`, and on a CPU the shares of
+    that time that went into each of `OPERATORS`."""
     seconds = dict.fromkeys(("encoder", "prefill"), 0.0)
+    operators: dict[str, Counter[str]] = {part: Counter() for part in seconds}
+    profiler = profile(activities=[ProfilerActivity.CPU])
     hooks = []
 
     def begins(part: str, *_: Any) -> None:
+        nonlocal profiler
+        profiler = profile(activities=[ProfilerActivity.CPU])
+        if device == "cpu":
+            profiler.start()
         seconds[part] -= clock(device)
 
     def ends(part: str, *_: Any) -> None:
         seconds[part] += clock(device)
+        if device == "cpu":
+            profiler.stop()
+            operators[part].update({event.key: event.self_cpu_time_total for event in profiler.key_averages()})
 
     for part, module in (("encoder", model.model.audio_tower), ("prefill", model.model.language_model)):
         hooks.append(module.register_forward_pre_hook(partial(begins, part)))
@@ -103,7 +121,12 @@ def seconds_of_parts(model: Any, call: Callable[[], Any], device: str) -> dict[s
     finally:
         for hook in hooks:
             hook.remove()
-    return seconds
+    shares = {
+        part: {name: sum(found[key] for key in keys) / found.total() for name, keys in OPERATORS.items()}
+        for part, found in operators.items()
+        if found
+    }
+    return seconds, shares
 
 
 def stock_model(model: Any) -> Any:
@@ -182,9 +205,15 @@ def report(results: dict[str, Any]) -> str:
         memory.append(case + [figure(row, name, "bytes", 1e6) for name in names])
         if parts := row.get("seconds_of_parts"):
             speeds.append(case + [number(row["tflops_of_parts"][part] * 1e3 / parts[part]) for part in parts])
+            for part in parts:
+                shares = row.get("shares_of_parts", {}).get(part, {})
+                speeds[-1] += [f"{shares[name]:.0%}" if name in shares else "" for name in OPERATORS]
     first = ["recording, s", "batch"]
-    of_parts = ["Operations a second of its parts when every frame is read, in GFLOP/s:"]
-    of_parts += [table([*first, "encoder", "language model"], speeds)]
+    parts = ["encoder", "language model"]
+    of_parts = [
+        "Operations a second when every frame is read, in GFLOP/s, and what the time of these parts goes into:"
+    ]
+    of_parts += [table(first + parts + [f"{part}, in {name}" for part in parts for name in OPERATORS], speeds)]
     return "\n\n".join(
         [
             "Seconds in terms of those of every frame, and in brackets the counted operations likewise:",

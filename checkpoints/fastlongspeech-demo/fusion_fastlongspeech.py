@@ -103,8 +103,8 @@ def renew_weights(
 ) -> Tensor:
     """Returns the weights `(B, T)`, float32, of the frames of a round.
 
-    On a CPU `weights_fn` is asked, as for one row, for the fresh frames alone: one that was glued to no other in the
-    round before has kept its weight. Elsewhere the host would have to wait to hear how many are fresh, so it is asked
+    A frame that was glued to no other in the round before keeps its weight. On a CPU `weights_fn` is asked, as for one
+    row, for the fresh frames alone; elsewhere the host would have to wait to hear how many they are, so it is asked
     for all.
 
     Args:
@@ -115,8 +115,8 @@ def renew_weights(
         weights_fn: see `fuse`.
     """
     if frames.device != torch.device("cpu"):
-        return weights_fn(frames, members).to(weights)
-    weights[fresh] = weights_fn(frames[fresh][None], members[fresh][None])[0].to(weights)
+        return torch.where(fresh, weights_fn(frames, members).detach().to(weights), weights)
+    weights[fresh] = weights_fn(frames[fresh][None], members[fresh][None])[0].detach().to(weights)
     return weights
 
 
