@@ -5,6 +5,7 @@ float32 sums: no two similarities tie, and every span has to be the recorded one
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -101,19 +102,26 @@ def test_fused_frames_embeddings_and_logits(
     monkeypatch.setattr(model.config, "fusion_schedule", schedule)
     inputs = audio_inputs(seconds)
     audio = model.get_audio_features(**inputs, target_length=target_length)
-    length = int(audio.audio_lengths)
-    assert length == min(sum(INDEX["audio"][seconds]["frames"]), target_length)
+    length, total = int(audio.audio_lengths), sum(INDEX["audio"][seconds]["frames"])
+    assert length == min(total, target_length)
 
-    if f"L{target_length}.fused" in recorded:
+    if length < total:
         frames, _, lengths = model.model.encode_recordings(**inputs)
         fused = iterative_fusion(frames[None], lengths, target_length, model.model._density, schedule, LADDER)
         close(fused.frames[0], recorded[f"L{target_length}.fused"])
         assert spans_of(fused.spans[0]) == recorded_spans(recorded, target_length)
-    if f"L{target_length}.proj" in recorded:
-        close(audio.pooler_output, recorded[f"L{target_length}.proj"])
-    if f"L{target_length}.logits_last2" in recorded:
-        logits = model(input_ids=prompt(length), **inputs).logits[0, -2:]
-        close(logits, recorded[f"L{target_length}.logits_last2"])
+    name = "none" if path == "long" and length == total else f"L{target_length}"
+    close(audio.pooler_output, recorded[f"{name}.proj"])
+    close(model(input_ids=prompt(length), **inputs).logits[0, -2:], recorded[f"{name}.logits_last2"])
+
+
+@torch.no_grad()
+def test_every_frame_of_two_windows(model: FastLongSpeechForConditionalGeneration) -> None:
+    recorded, inputs = load("long_47s"), audio_inputs("47")
+    audio = model.get_audio_features(**inputs, compression="none")
+    close(audio.pooler_output, recorded["none.proj"])
+    logits = model(input_ids=prompt(int(audio.audio_lengths)), **inputs).logits[0, -2:]
+    close(logits, recorded["none.logits_last2"])
 
 
 @torch.no_grad()
@@ -131,8 +139,7 @@ def test_padded_training_batch(
     kept = lengths.clamp(max=target_length)
     assert fused.lengths.tolist() == kept.tolist()
     for row, (n, before) in enumerate(zip(kept.tolist(), lengths.tolist(), strict=True)):
-        if f"L{target_length}.fused" in batch:
-            close(fused.frames[row, :n], batch[f"L{target_length}.fused"][row, :n])
+        close(fused.frames[row, :n], batch[f"L{target_length}.fused"][row, :n])
         if n < before:
             assert spans_of(fused.spans[row]) == recorded_spans(batch, target_length, row)[:before]
 
@@ -141,12 +148,15 @@ def test_padded_training_batch(
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100 if placeholder < 0 else 0)
 
     mask = expand(batch["attention_mask"], 1)
+    windows = {"input_features": torch.zeros(3, 128, 3000), "feature_attention_mask": torch.ones(3, 3000)}
+    embeddings = model.get_audio_features(**windows, target_length=target_length).pooler_output
+    recorded = zip(batch[f"L{target_length}.proj"], kept.tolist(), strict=True)
+    close(embeddings, torch.cat([row[:n] for row, n in recorded]))
     output = model(
         input_ids=expand(batch["input_ids"], AUDIO_TOKEN),
         attention_mask=mask,
         labels=expand(batch["labels"], -100),
-        input_features=torch.zeros(3, 128, 3000),
-        feature_attention_mask=torch.ones(3, 3000),
+        **windows,
     )
     close(output.loss, torch.tensor(INDEX["train_loss"][str(target_length)]))
     valid = mask[:, -4:] == 1
@@ -183,32 +193,47 @@ def test_ctc_logits_and_loss(model: FastLongSpeechForConditionalGeneration) -> N
         close(loss, torch.tensor(INDEX["ctc"][f"loss_{seconds}"]))
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("target_length", [200, 100, 50, 25, 12])
-def test_fusion_without_a_model(target_length: int) -> None:
-    small = load("fusion_small")
-    norm = (small["layer_norm.weight"], small["layer_norm.bias"])
+@pytest.fixture
+def small() -> dict[str, Tensor]:
+    return load("fusion_small")
 
+
+def small_density(small: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
     def density(frames: Tensor) -> Tensor:
-        hidden = F.linear(F.layer_norm(frames, (16,), *norm), small["normal.projector.weight"], projector_bias)
+        hidden = F.layer_norm(frames, (16,), small["layer_norm.weight"], small["layer_norm.bias"])
+        hidden = F.linear(hidden, small["normal.projector.weight"], small["normal.projector.bias"])
         return content_density(F.linear(hidden, small["normal.linear.weight"]))
 
-    projector_bias = small["normal.projector.bias"]
-    whole, lengths = small["normal.features"][None], torch.tensor([257])
-    for path, schedule in (("long", "halving"), ("short", "ladder")):
-        fused = iterative_fusion(whole, lengths, target_length, density, schedule, LADDER)
-        close(fused.frames[0], small[f"normal.{path}.L{target_length}"])
+    return density
 
-    batch_lengths = small["normal.batch_lengths"]
-    fused = iterative_fusion(small["normal.batch"], batch_lengths, target_length, density, "ladder", LADDER)
-    for row, n in enumerate(batch_lengths.clamp(max=target_length).tolist()):
+
+@torch.no_grad()
+@pytest.mark.parametrize("target_length", [200, 100, 50, 25, 12])
+@pytest.mark.parametrize(("path", "schedule"), [("long", "halving"), ("short", "ladder")])
+def test_fusion_without_a_model(small: dict[str, Tensor], path: str, schedule: str, target_length: int) -> None:
+    whole, lengths = small["normal.features"][None], torch.tensor([257])
+    fused = iterative_fusion(whole, lengths, target_length, small_density(small), schedule, LADDER)
+    close(fused.frames[0], small[f"normal.{path}.L{target_length}"])
+
+
+@torch.no_grad()
+def test_fusion_to_a_single_frame(small: dict[str, Tensor]) -> None:
+    fused = iterative_fusion(small["normal.features"][None], torch.tensor([257]), 1, small_density(small))
+    close(fused.frames[0], small["normal.long.L1"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target_length", [200, 100, 50, 25, 12])
+def test_fusion_of_a_batch_without_a_model(small: dict[str, Tensor], target_length: int) -> None:
+    lengths = small["normal.batch_lengths"]
+    fused = iterative_fusion(small["normal.batch"], lengths, target_length, small_density(small), "ladder", LADDER)
+    for row, n in enumerate(lengths.clamp(max=target_length).tolist()):
         close(fused.frames[row, :n], small[f"normal.train.L{target_length}"][row, :n])
 
 
 @torch.no_grad()
-def test_saturated_densities_where_the_recorded_ones_are_positive() -> None:
+def test_saturated_densities_where_the_recorded_ones_are_positive(small: dict[str, Tensor]) -> None:
     """After one round: spans of zeros are zero frames there, which this package makes plain means instead."""
-    small = load("fusion_small")
     recorded = small["saturated.long.L200"]
     density = small["saturated.density"]
     fused = iterative_fusion(
