@@ -22,6 +22,7 @@ logger = logging.get_logger(__name__)
 FRAME_SECONDS = 0.04
 BLOCK = 2**22  # samples of a file decoded at a time
 PCM_DTYPES = ("uint8", "int16", "int32")
+STREAMED_BYTES = 0x7FFF0000  # what a WAV header names at least whose writer could not know the length
 
 
 def load_recording(audio: Any, sampling_rate: float | None = None, target_rate: int = 16000) -> np.ndarray:
@@ -39,8 +40,8 @@ def load_recording(audio: Any, sampling_rate: float | None = None, target_rate: 
     Raises:
         FileNotFoundError: the file does not exist.
         TypeError: `audio` is none of the above or holds no real numbers.
-        ValueError: the audio is unreadable, empty, not finite or shorter than one 40 ms frame, or the sampling rate
-            is no positive number.
+        ValueError: the audio is unreadable, empty, not finite or shorter than one 40 ms frame, a WAV file is cut off,
+            or the sampling rate is no positive number.
     """
     name = str(audio) if isinstance(audio, (str, os.PathLike)) else type(audio).__name__
     if hasattr(audio, "get_all_samples"):
@@ -69,6 +70,8 @@ def load_recording(audio: Any, sampling_rate: float | None = None, target_rate: 
             )
             sampling_rate = target_rate
 
+        if isinstance(sampling_rate, (torch.Tensor, np.ndarray)) and sampling_rate.ndim == 0:
+            sampling_rate = sampling_rate.item()
         real = isinstance(sampling_rate, (int, float, np.integer, np.floating)) and not isinstance(sampling_rate, bool)
         if not real or not 0 < sampling_rate < float("inf"):
             raise ValueError(f"sampling_rate must be a positive number of hertz, got {sampling_rate!r}.")
@@ -136,11 +139,33 @@ def _decode(audio: str | os.PathLike | bytes | bytearray | memoryview, name: str
         source = BytesIO(audio)
         if not source.getbuffer().nbytes:
             raise ValueError(f"audio is empty: {name} holds no samples.")
+    refuse_cut_wav(source, name)
     try:
         return _read(source, target_rate)
     except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError) as error:
         # ValueError: a FLAC written to a pipe, whose header does not say how long it is.
         return _decode_with_ffmpeg(audio, name, target_rate, error)
+
+
+def refuse_cut_wav(source: str | BytesIO, name: str) -> None:
+    """Raises a ValueError for a WAV file that ends before its samples do: soundfile would read what is there."""
+    if isinstance(source, str) and not os.path.isfile(source):
+        return  # a pipe can be read but once
+    with open(source, "rb") if isinstance(source, str) else BytesIO(source.getbuffer()) as file:
+        head, total = file.read(12), file.seek(0, os.SEEK_END)
+        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+            return
+        file.seek(len(head))
+        while len(chunk := file.read(8)) == 8:
+            size, there = int.from_bytes(chunk[4:], "little"), total - file.tell()
+            if chunk[:4] == b"data":
+                if there < size < STREAMED_BYTES:
+                    raise ValueError(
+                        f"audio is cut off: {name} holds {there} of the {size} bytes of samples that its header "
+                        "names; record or fetch it again."
+                    )
+                return
+            file.seek(size + size % 2, os.SEEK_CUR)
 
 
 def _read(source: Any, target_rate: int) -> np.ndarray:
@@ -186,4 +211,4 @@ def list_recordings(audio: Any) -> list:
     return [audio]
 
 
-__all__ = ["FRAME_SECONDS", "count_frames", "list_recordings", "load_recording"]
+__all__ = ["FRAME_SECONDS", "count_frames", "list_recordings", "load_recording", "refuse_cut_wav"]

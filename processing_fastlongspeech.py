@@ -180,6 +180,12 @@ class FastLongSpeechProcessor(ProcessorMixin):
                 f"the number of {self.audio_token} tokens in the prompts should be the same as the number of "
                 f"recordings passed, got {sum(placeholders)} and {len(recordings)}."
             )
+        for number, prompt in enumerate(text or ()):
+            if 2 * self.audio_token in prompt:
+                raise ValueError(
+                    f"prompt {number} holds {self.audio_token} tokens side by side, which would pass for one; "
+                    f"write {self.audio_bos_token}{self.audio_token}{self.audio_eos_token} for each."
+                )
         audio_inputs = self.get_audio_inputs(
             recordings, sampling_rate, target_length, compression, merged["audio_kwargs"].get("device")
         )
@@ -385,6 +391,8 @@ class FastLongSpeechProcessor(ProcessorMixin):
         custom_object_save(self, save_directory)
         if self.ctc_tokenizer is not None:
             Path(save_directory, CTC_MODEL_NAME).write_bytes(self.ctc_tokenizer.serialized_model_proto())
+        else:
+            Path(save_directory, CTC_MODEL_NAME).unlink(missing_ok=True)  # of what was saved there before
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
         return files

@@ -99,6 +99,29 @@ def test_a_torchcodec_decoder_is_a_recording():
     assert np.array_equal(load_recording(decoder), load_recording(speech(1.5, 8000), 8000))
 
 
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_a_wav_that_is_cut_off_is_refused_unless_it_was_streamed(tmp_path, wav, as_bytes):
+    whole = bytearray(wav.read_bytes())
+    data = whole.index(b"data")
+
+    def load(content):
+        (tmp_path / "b.wav").write_bytes(content)
+        return load_recording(bytes(content) if as_bytes else tmp_path / "b.wav")
+
+    with pytest.raises(ValueError, match=r"audio is cut off: .* holds 2000 of the 96000 bytes .* again"):
+        load(whole[: data + 8 + 2000])
+    assert np.array_equal(load(whole + b"LIST\x04\x00\x00\x00text"), speech(1.5))
+    whole[data + 4 : data + 8] = b"\xff" * 4  # what ffmpeg writes to a pipe
+    assert np.array_equal(load(whole), speech(1.5))
+
+
+@pytest.mark.parametrize("rate", [torch.tensor(8000), np.array(8000), np.int64(8000)])
+def test_a_sampling_rate_may_be_a_scalar_of_any_kind(rate):
+    assert np.array_equal(
+        load_recording({"array": speech(1.5, 8000), "sampling_rate": rate}), load_recording(speech(1.5, 8000), 8000)
+    )
+
+
 @pytest.mark.parametrize("suffix", ["flac", "ogg", "mp3", "aiff", "au"])
 def test_files_soundfile_reads(tmp_path, suffix):
     soundfile.write(tmp_path / f"a.{suffix}", speech(1), RATE)

@@ -229,6 +229,11 @@ def test_as_many_recordings_as_placeholders(processor, text, count):
             processor(text=text, audio=[speech(0.1)] * recordings or None, sampling_rate=RATE)
 
 
+def test_placeholders_side_by_side_are_refused(processor):
+    with pytest.raises(ValueError, match=r"prompt 1 holds <\|AUDIO\|> tokens side by side, .* write <\|audio_bos\|>"):
+        processor(text=[PROMPT, "<|AUDIO|><|AUDIO|>"], audio=[speech(0.1)] * 3, sampling_rate=RATE)
+
+
 @pytest.mark.parametrize("length", [0, -3, 2.5, True, "12", [12, 0], [12, 12, 12]])
 def test_a_target_length_that_is_no_positive_integer_is_refused(processor, length):
     with pytest.raises(ValueError, match="target_length must be "):
@@ -335,6 +340,12 @@ def test_arguments_of_from_pretrained_take_precedence(processor, tmp_path, ctc_m
     assert FastLongSpeechProcessor.from_pretrained(tmp_path).ctc_vocab_size == 0
     loaded = FastLongSpeechProcessor.from_pretrained(tmp_path, ctc_model=str(ctc_model), target_length=12)
     assert (loaded.target_length, loaded.ctc_vocab_size) == (12, processor.ctc_vocab_size)
+
+
+def test_a_folder_saved_again_keeps_no_vocabulary_of_before(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    FastLongSpeechProcessor(processor.feature_extractor, processor.tokenizer).save_pretrained(tmp_path)
+    assert FastLongSpeechProcessor.from_pretrained(tmp_path).ctc_vocab_size == 0
 
 
 def test_a_vanilla_qwen2_audio_processor_loads(processor, tmp_path):

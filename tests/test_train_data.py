@@ -78,6 +78,13 @@ def test_every_bad_row_is_named_with_its_line_and_remedy(data, tmp_path):
         load_rows(tmp_path / "nothing.jsonl", ("audio", "text"))
 
 
+def test_a_recording_that_is_cut_off_is_a_bad_row(data, tmp_path):
+    (tmp_path / "cut.wav").write_bytes((data / "clips" / "1.wav").read_bytes()[:-600])
+    manifest = write_rows(tmp_path / "bad.jsonl", [{"audio": "cut.wav", "text": "a"}])
+    with pytest.raises(ValueError, match="line 1 has a recording that can't be read .*cut off: it holds"):
+        load_rows(manifest, ("audio", "text"))
+
+
 # Steps and lengths
 
 

@@ -160,9 +160,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     ctc_model = output / "ctc.model"
     own_tokens = settings.vocab_size == 0 and not settings.ctc_model
-    if training.process_index == 0 and not checkpoint and not own_tokens:
-        given = Path(settings.ctc_model).read_bytes() if settings.ctc_model else None
-        ctc_model.write_bytes(given or build_vocabulary(train_rows.texts("text"), settings.vocab_size))
+    if training.process_index == 0 and not checkpoint:
+        if own_tokens:
+            ctc_model.unlink(missing_ok=True)  # of a run that was stopped before its first checkpoint
+        else:
+            given = Path(settings.ctc_model).read_bytes() if settings.ctc_model else None
+            ctc_model.write_bytes(given or build_vocabulary(train_rows.texts("text"), settings.vocab_size))
     training.distributed_state.wait_for_everyone()  # type: ignore[union-attr]
     if own_tokens:
         processor = FastLongSpeechProcessor.from_pretrained(settings.model)

@@ -27,6 +27,8 @@ import soundfile
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from ..audio_fastlongspeech import refuse_cut_wav
+
 FRAME_SECONDS = 0.04
 FAULTS_SHOWN = 10
 
@@ -208,8 +210,9 @@ def _check_row(row: Any, columns: Sequence[str]) -> float | str | None:
     if isinstance(audio, str) and not Path(audio).is_file():
         return f"names the recording {audio}, which does not exist; correct the path"
     try:
+        refuse_cut_wav(audio, "it")
         info = soundfile.info(audio)
-    except (soundfile.SoundFileError, TypeError, OSError) as error:
+    except (soundfile.SoundFileError, TypeError, OSError, ValueError) as error:
         return f"has a recording that can't be read ({error}); convert it to wav or flac"
     if info.frames >= 2**62:  # what libsndfile says of a FLAC that was written to a pipe
         return "has a recording whose header does not say how long it is; convert it to wav"
