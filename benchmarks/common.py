@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from math import log
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -150,6 +151,18 @@ class Goal(NamedTuple):
     wanted: str
     measured: str
     met: bool
+
+
+def growth(name: str, times: Mapping[int, float]) -> list[Goal]:
+    """Returns the goal of a cost linear in duration, from the times of recordings by their seconds, where two of them
+    last ten minutes or more; what does not depend on duration is little there."""
+    long = {duration: time for duration, time in times.items() if duration >= 600}
+    if len(long) < 2:
+        return []
+    first, last = min(long), max(long)
+    power = log(long[last] / long[first]) / log(last / first)
+    wanted, said = "time grows as duration^1, to 0.1", f"duration^{power:.2f}"
+    return [Goal(f"{name}, {first} s to {last} s", wanted, said, abs(power - 1) <= 0.1)]
 
 
 def keep_freed_memory(keep: bool = True) -> bool:

@@ -17,7 +17,7 @@ from matplotlib import pyplot  # noqa: E402  # after the choice of what it draws
 from fastlongspeech.markdown import table  # noqa: E402
 
 from . import encoder, flops, frontend, fusion, prefill, recording, trials  # noqa: E402
-from .common import RESULTS  # noqa: E402
+from .common import FRAMES_PER_SECOND, RESULTS  # noqa: E402
 
 DOCS = Path(__file__).parents[1] / "docs"
 SECTIONS: dict[str, tuple[str, Any]] = {
@@ -29,7 +29,6 @@ SECTIONS: dict[str, tuple[str, Any]] = {
     "recording": ("From a file to the first token", recording),
     "trials": ("What was tried on the encoder", trials),
 }
-PLOTTED = ("prefill", "recording")
 WITH_GOALS: dict[str, Any] = {"fusion": fusion, "prefill": prefill, "recording": recording}
 HEAD = """# Cost and speed
 
@@ -77,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for stem, results in of_section:
             parts += [f"```bash\n{results['command']}\n```", machine(results["machine"]), module.report(results)]
             if name in PLOTTED:
-                draw(results, arguments.docs / f"{stem}.svg")
+                draw(title, *PLOTTED[name](results), arguments.docs / f"{stem}.svg")
                 parts.append(f"![Seconds and memory against duration]({stem}.svg)")
     (arguments.docs / "performance.md").write_text("\n\n".join(parts) + "\n")
 
@@ -99,7 +98,7 @@ def explanation(module: Any) -> str:
 
 def place(results: dict[str, Any]) -> str:
     """Returns the device and the sizes of a benchmark."""
-    return f"{results['machine']['device']}, {results['model'] or '7b'}"
+    return f"{results['machine']['device']}, {results['model']}, {results['machine']['dtype']}"
 
 
 def machine(facts: dict[str, Any]) -> str:
@@ -114,18 +113,35 @@ def machine(facts: dict[str, Any]) -> str:
     )
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Writes a plot of seconds and of memory against duration, both logarithmic, of every method or part."""
+def by_duration(results: dict[str, Any]) -> tuple[dict[str, list], dict[str, list]]:
+    """Returns the seconds and the MB of every call against the seconds of a single recording."""
+    seconds: dict[str, list] = {}
+    memory: dict[str, list] = {}
+    for row in results["rows"]:
+        case, calls = row["case"], {name: call for name, call in row["calls"].items() if "seconds" in call}
+        calls.pop(fusion.ENCODER, None)  # of one window, however long the recording is
+        if case.get("batch", 1) == 1:
+            duration = case["seconds"] if "seconds" in case else case["frames"] / FRAMES_PER_SECOND
+            for name, call in calls.items():
+                seconds.setdefault(name, []).append((duration, call["seconds"]))
+                if call["bytes"]:
+                    memory.setdefault(name, []).append((duration, call["bytes"] / 1e6))
+    return seconds, memory
+
+
+PLOTTED = dict.fromkeys(("fusion", "encoder", "prefill", "frontend"), by_duration) | {"recording": recording.series}
+
+
+def draw(title: str, seconds: dict[str, list], memory: dict[str, list], path: Path) -> None:
+    """Writes a plot of seconds and of MB against duration, both logarithmic, a line for every method or part."""
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
-    seconds, memory = SECTIONS[results["benchmark"]][1].series(results)
     for axis, lines, label in ((axes[0], seconds, "s"), (axes[1], memory, "MB")):
         for name, points in lines.items():
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
         axis.set(xscale="log", yscale="log", xlabel="recording, s", ylabel=label)
         axis.grid(True, which="both", linewidth=0.3)
         axis.legend(fontsize=8)
-    axes[0].set_title("Time to the first token")
+    axes[0].set_title(f"{title}: time")
     axes[1].set_title("Peak memory beyond weights and what is given")
     figure.tight_layout()
     with matplotlib.rc_context({"svg.hashsalt": path.name}):

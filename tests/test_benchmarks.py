@@ -29,7 +29,8 @@ def test_every_benchmark_runs_and_the_page_holds_its_table(tmp_path, capsys):
     report.main(["--results", str(results), "--docs", str(tmp_path)])
     page = (tmp_path / "performance.md").read_text()
     assert [table for table in tables if table not in page] == []
-    assert "ours, L = 400" in (tmp_path / "prefill.svg").read_text() and (tmp_path / "recording.svg").exists()
+    assert "ours, L = 400" in (tmp_path / "prefill.svg").read_text()
+    assert all((tmp_path / f"{name}.svg").exists() for name in ("fusion", "encoder", "frontend", "recording"))
     assert "\n\nNot measured yet: on a GPU fusion, encoder, prefill," in page
 
 
