@@ -3,8 +3,9 @@
     python -m fastlongspeech.demo.corpus work/corpus
 
 Splits (one folder of FLAC files and three manifests each; paths in a manifest are relative to it): `train` and `dev`,
-clips under 30 s; `test`, clips under 30 s made of held-out sentences; `unheard`, the same with names and values that
-training never speaks; `long`, held-out recordings of 1 to 4 minutes.
+clips under 30 s; `train-long` and `dev-long`, recordings of up to 4 minutes of the same sentences; `test`, clips under
+30 s made of held-out sentences; `unheard`, the same with names and values that training never speaks; `long`, held-out
+recordings of 1 to 4 minutes.
 `recordings.jsonl` describes every recording, `asr.jsonl` and `qa.jsonl` are what the training stages read.
 Every recording depends on its split and number alone; one that exists already is kept, so the script can be
 stopped and started again.
@@ -68,6 +69,8 @@ class Split:
 SPLITS = {
     "train": Split(3400, (4, 29), held_out=False),
     "dev": Split(60, (4, 29), held_out=False),
+    "train-long": Split(500, (10, 240), held_out=False, questions=12),
+    "dev-long": Split(12, (60, 240), held_out=False, questions=5),
     "test": Split(200, (8, 29), held_out=True),
     "unheard": Split(180, (8, 29), held_out=True, unheard=True),
     "long": Split(110, (60, 240), held_out=True, questions=5),
@@ -177,7 +180,9 @@ def _write_recording(folder: Path, draw: DrawFunction, index: int) -> dict:
     encoded = io.BytesIO()
     soundfile.write(encoded, samples, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
     (folder / row["audio"]).write_bytes(encoded.getvalue())
-    sidecar.write_text(json.dumps(row))
+    unfinished = sidecar.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(row))
+    unfinished.replace(sidecar)
     return row
 
 

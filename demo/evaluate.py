@@ -105,7 +105,8 @@ def main() -> None:
     for split, lengths in CONDITIONS:
         recordings, error_rates[split] = evaluator.read(arguments.corpus / split, lengths, arguments.limit)
         asked = [(length, "the recording") for length in lengths]
-        asked += [(lengths[0], "wrong recording"), (lengths[0], "no audio")]
+        asked += [(length, "wrong recording") for length in lengths if length not in (400, 100)]
+        asked.append((lengths[0], "no audio"))
         for length, condition in asked:
             scores, replies = evaluator.score(recordings, length, condition)
             results.append({"split": split, "target_length": length, "condition": condition, **scores})

@@ -27,7 +27,10 @@ tags: [speech, long-audio, fastlongspeech, qwen2_audio]
 A toy FastLongSpeech model of {parameters:.1f} M parameters. It exists to show and to test the whole path, from a
 recording of several minutes to an answer, where no large model can be had. It was trained from scratch on
 {hours:.0f} hours of synthetic English (espeak-ng and flite) by `demo/run.sh` of the FastLongSpeech repository: a small
-stock Qwen2-Audio on clips under 30 s, then stage 1 (CTC decoder) and stage 2 (dynamic compression training).
+stock Qwen2-Audio on clips under 30 s, then stage 1 (CTC decoder) and stage 2 (dynamic compression training) on these
+clips, and stage 2 again on recordings of 10 s to 4 minutes, which the paper's model does without; its weights are the
+means of those before and after this last step, which remember more of the clips than the latter alone. Before any
+speech, the language model learnt to read written passages of up to the length of such recordings.
 
 ```python
 from transformers import AutoModelForMultimodalLM, AutoProcessor
@@ -62,7 +65,8 @@ Sentences, passages and seeds never trained on; greedy answers, exact after Whis
 `python -m fastlongspeech.demo.evaluate checkpoints/fastlongspeech-demo work/corpus`, with torch {torch} and
 transformers {transformers} on a CPU.
 `test`: clips of 8 to 29 s; `unheard`: the same with names or values that training never speaks; `long`: recordings of
-1 to 4 minutes. L = all: every frame. "wrong recording" and "no audio" are the baselines.
+1 to 4 minutes. L = all: every frame. "wrong recording" and "no audio" are the baselines. A recording has one question
+about the voice, which makes fewer than the 500 or more about facts.
 
 {table}
 
@@ -70,16 +74,7 @@ CTC transcription: {error_rates}.
 
 ## Learning curves
 
-A rerun of the recipe will differ in detail: while this model was made some things were changed under way.
-
-- Lengths of training, which set the learning rates: the language model's (4,000 steps, for a time planned as 3,000 and
-  as 5,000) and the encoder's (5,100 steps, planned as 4,500 for the first 1,400, then as 4,000, then to 4,800 as
-  5,500).
-- Weights of the encoder's losses: "said" was the squared distance alone up to step 1,400 and had the weight 1/4 in the
-  next 100, its distance counted once instead of three times up to step 2,600, and "spoken" had the weight 1 up to step
-  2,800, then 1 - progress up to 3,000.
-
-![learning curves](learning-curves.png)
+{history}![learning curves](learning-curves.png)
 
 The logs behind the plot are in `learning-curves.json`.
 """
@@ -91,7 +86,7 @@ def read_curves(work: Path) -> dict[str, list[dict]]:
     for name in ("language", "encoder", "join"):
         lines = (work / "base" / f"{name}.jsonl").read_text().splitlines()
         curves[name] = [json.loads(line) for line in lines]
-    for name in ("ctc", "dct"):
+    for name in ("ctc", "dct", "dct-long"):
         curves[name] = json.loads((work / name / "trainer_state.json").read_text())["log_history"]
     return curves
 
@@ -104,16 +99,17 @@ def plot_curves(curves: dict[str, list[dict]], path: Path) -> None:
         "join": ("Base 3: both joined", ("loss", "accuracy")),
         "ctc": ("Stage 1: CTC decoder", ("loss", "eval_loss", "eval_wer")),
         "dct": ("Stage 2: dynamic compression", ("loss", "eval_L200_loss")),
+        "dct-long": ("Stage 2 again: recordings of minutes", ("loss", "eval_L750_loss")),
     }
     matplotlib.use("Agg")
-    figure, axes = plt.subplots(1, len(panels), figsize=(20, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(24, 3.6), layout="constrained")
     for axis, (name, (title, metrics)) in zip(axes, panels.items(), strict=True):
         for metric in metrics:
             points = [(row["step"], row[metric]) for row in curves[name] if metric in row]
             if points:
                 axis.plot(*zip(*points, strict=True), label=metric, marker="." if "eval" in metric else None)
         axis.set(title=title, xlabel="step", ylim=(0, None))
-        if name not in ("join", "dct"):
+        if name in ("language", "encoder", "ctc"):
             axis.set_yscale("symlog", linthresh=1)
         axis.legend()
         axis.grid(alpha=0.3)
@@ -136,26 +132,26 @@ def figures_table(summary: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, help="folder of the recipe")
+    parser.add_argument("work", type=Path, help="folder of the recipe; its history.md, if any, goes into the card")
     parser.add_argument("checkpoint", type=Path, help="folder to publish to; what is in it is replaced")
     arguments = parser.parse_args()
     work, checkpoint = arguments.work, arguments.checkpoint
 
     shutil.rmtree(checkpoint, ignore_errors=True)
-    left_out = shutil.ignore_patterns(
-        "checkpoint-*", "runs", "training_args.bin", "trainer_state.json", "settings.yaml"
-    )
-    shutil.copytree(work / "dct", checkpoint, ignore=left_out)
+    shutil.copytree(work / "average", checkpoint)
     summary = json.loads((work / "heldout.json").read_text())
     curves = read_curves(work)
     (checkpoint / "learning-curves.json").write_text(json.dumps(curves))
     plot_curves(curves, checkpoint / "learning-curves.png")
-    rows = [json.loads(line) for line in (work / "corpus" / "train" / "recordings.jsonl").read_text().splitlines()]
+    manifests = [work / "corpus" / split / "recordings.jsonl" for split in ("train", "train-long")]
+    rows = [json.loads(line) for manifest in manifests for line in manifest.read_text().splitlines()]
     with safe_open(checkpoint / "model.safetensors", "pt") as weights:
         parameters = sum(weights.get_tensor(name).numel() for name in list(weights.keys())) / 1e6
     heard = (row for row in summary["exact_answers"] if row["condition"] == "the recording")
     answered = {(row["split"], row["target_length"]): row for row in heard}
+    history = work / "history.md"
     card = CARD.format(
+        history=f"{history.read_text().strip()}\n\n" if history.exists() else "",
         parameters=parameters,
         hours=sum(row["duration"] for row in rows) / 3600,
         words=len(vocabulary()),

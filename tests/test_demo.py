@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, Qwen2AudioForConditionalGeneration
 
-from fastlongspeech.demo import base_encoder, base_join, base_model, corpus, evaluate, phones
+from fastlongspeech import FastLongSpeechForConditionalGeneration
+from fastlongspeech.demo import average, base_encoder, base_join, base_model, corpus, evaluate, phones
 from fastlongspeech.demo.sentences import (
     KINDS,
     UNHEARD_NAMES,
@@ -206,6 +208,24 @@ def test_the_projector_says_whether_a_man_or_a_woman_speaks(
     assert [bool(row.mean(0) @ (man - woman) > 0) for row in said] == is_man
     sideways = said - (said @ (man - woman))[..., None] * (man - woman) / (man - woman).square().sum()
     assert sideways.abs().max() < 1e-3 * said.abs().max()
+
+
+def test_checkpoints_are_averaged(checkpoint: Path, tmp_path: Path) -> None:
+    before = load_file(checkpoint / "model.safetensors")
+    for name in ("before", "after"):
+        shutil.copytree(checkpoint, tmp_path / name)
+    (tmp_path / "before" / "checkpoint-5").mkdir()
+    save_file({name: weight + 1 for name, weight in before.items()}, tmp_path / "after" / "model.safetensors")
+    average.average(tmp_path / "before", tmp_path / "after", tmp_path / "mean")
+    for name, weight in load_file(tmp_path / "mean" / "model.safetensors").items():
+        torch.testing.assert_close(weight, before[name] + 0.5)
+    assert not (tmp_path / "mean" / "checkpoint-5").exists()
+    assert FastLongSpeechForConditionalGeneration.from_pretrained(tmp_path / "mean").config.ctc_vocab_size
+    with pytest.raises(FileExistsError, match="is there already"):
+        average.average(tmp_path / "before", tmp_path / "after", tmp_path / "mean")
+    save_file({"other": torch.zeros(1)}, tmp_path / "after" / "model.safetensors")
+    with pytest.raises(ValueError, match="weights of other names or shapes"):
+        average.average(tmp_path / "before", tmp_path / "after", tmp_path / "wrong")
 
 
 def test_the_evaluation_asks_every_question_three_ways(checkpoint: Path, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -95,7 +95,8 @@ def test_the_demo_recipe_runs_on_a_few_recordings_of_the_demo_set(tmp_path, monk
     monkeypatch.setattr(scoring, "RESAMPLES", 20)
     monkeypatch.setattr(demo_set, "durations", lambda: [35.0] * demo_set.LONG)
     monkeypatch.chdir(tmp_path)
-    Path("checkpoints").symlink_to(RECIPES.parents[1] / "checkpoints")
+    Path("work").mkdir()
+    Path("work/dct").symlink_to(RECIPES.parents[1] / "checkpoints" / "fastlongspeech-demo")
     monkeypatch.setattr("sys.argv", ["demo_set", "work/demo-set", "--recordings", "2", "--workers", "1"])
     demo_set.main()
     steps = ["--steps", "evaluate", "report", "--models", "fastlongspeech"]
