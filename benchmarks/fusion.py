@@ -9,12 +9,13 @@ similarities are equal but for rounding, the choice may differ. The encoder's ti
 8 on a GPU, times the recording's windows.
 
 The last columns are of a profile (torch.profiler): the share of the time that goes into matrix products. On a CPU they
-are most of ours. Up to 800 frames there is one round, in which the loop with one matrix makes the same product. At 7B
-sizes two matrices take 3.6 times the operations of their product; the ratio falls short of that by the rest of the
-time, which is mostly the softmax over the vocabulary, and by how fast a CPU multiplies matrices of each size. Found by
-a profile and mended: in later rounds a CPU weighs only the frames that the round before has fused (beside it stands
-what it takes to weigh all); segment_reduce, which sums in a fixed order on a GPU, takes ten times as long on a CPU as
-index_add_, whose order is fixed there.
+are most of ours. Up to 800 frames there is one round, in which the loop with one matrix makes the same product; "all
+weighed" is our own code once more there, and tells by how much equal things differ. At 7B sizes two matrices take 3.6
+times the operations of their product; the ratio falls short of that by the rest of the time, which is mostly the
+softmax over the vocabulary, and by how fast a CPU multiplies matrices of each size. Found by a profile and mended: in
+later rounds a CPU weighs only the frames that the round before has fused (beside it stands what it takes to weigh
+all); segment_reduce, which sums in a fixed order on a GPU, takes ten times as long on a CPU as index_add_, whose order
+is fixed there.
 """
 
 import sys

@@ -8,9 +8,10 @@ measured on the convolutions alone, whose share of the encoder's time is the fir
 more than that. Half precision on a CPU is tried on one window. Mel features on the GPU are in `frontend.py`.
 
 Kept: no more than a minute of audio in a batch on a CPU, as larger batches take as long or longer, and more memory;
-positions past the end of the audio left out (see "Encoder"); mel features of one window at a time (see "Decoding
-and mel features"); the product of the CTC decoder's matrices (see "Density and fusion"). Dropped: what the table says
-does not pay. The other benchmarks keep freed memory all the same, for the sake of steadier times.
+positions past the end of the audio left out (see "Encoder"); mel features of one window at a time (see "Decoding and
+mel features"); the product of the CTC decoder's matrices and, on a CPU, densities of fused frames alone (see "Density
+and fusion"). Dropped: what the table says does not pay. The other benchmarks keep freed memory all the same, for the
+sake of steadier times.
 """
 
 import copy
