@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+TRANSCRIBE = "Transcribe the speech to text without explanation:"  # the paper's instruction
+
 
 def placeholder_runs(placeholders: Tensor, recordings: int) -> Tensor:
     """Returns the length of every run of placeholders, `(A,)`, in reading order.

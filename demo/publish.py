@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib import pyplot as plt
 from safetensors import safe_open
 
-from ..markdown import table
+from ..app.markdown import table
 from .sentences import vocabulary
 
 CARD = """---
@@ -62,7 +62,7 @@ recordings of 1 to 4 minutes (L = 750), and {voice:.0%} to whether a man or a wo
 ## Held-out figures
 
 Sentences, passages and seeds never trained on; greedy answers, exact after Whisper's normaliser. Made by
-`python -m fastlongspeech.demo.evaluate checkpoints/fastlongspeech-demo work/corpus`, with torch {torch} and
+`python -m fastlongspeech.demo.heldout checkpoints/fastlongspeech-demo work/corpus`, with torch {torch} and
 transformers {transformers} on a CPU.
 `test`: clips of 8 to 29 s; `unheard`: the same with names or values that training never speaks; `long`: recordings of
 1 to 4 minutes. L = all: every frame. "wrong recording" and "no audio" are the baselines. A recording has one question

@@ -21,5 +21,5 @@ python -m fastlongspeech.demo.corpus work/corpus
 [ -e work/dct/config.json ] || python -m fastlongspeech.train.dct demo/dct.yaml
 [ -e work/dct-long/config.json ] || python -m fastlongspeech.train.dct demo/dct-long.yaml "${precision[@]}"
 [ -e work/average/config.json ] || python -m fastlongspeech.demo.average work/dct work/dct-long work/average
-python -m fastlongspeech.demo.evaluate work/average work/corpus --output work/heldout.json
+python -m fastlongspeech.demo.heldout work/average work/corpus --output work/heldout.json
 python -m fastlongspeech.demo.publish work checkpoints/fastlongspeech-demo

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..cli import TRANSCRIBE
 from ..compression_fastlongspeech import COMPRESSIONS
 from ..encoder_fastlongspeech import EncodedRecordings
-from ..placeholders_fastlongspeech import insert_audio
+from ..placeholders_fastlongspeech import TRANSCRIBE, insert_audio
 
 METHODS = {
     "ntk_rope": "every frame, positions stretched to the language model's context; fused where even that is too short",
@@ -45,7 +44,7 @@ def make_prompt(processor: Any, question: str, audio: bool) -> str:
 
 
 @torch.inference_mode()
-def ask(
+def answer_batch(
     model: Any, processor: Any, questions: Sequence[str], heard: Sequence[Tensor | None], max_new_tokens: int
 ) -> list[Answer]:
     """Returns the greedy answers to questions in one batch.
@@ -175,12 +174,12 @@ class Answerer:
         if self.method == "ctc":
             return heard
         if self.cascade_prompt is None:
-            answers = ask(self.model, self.processor, questions, heard, self.max_new_tokens)
+            answers = answer_batch(self.model, self.processor, questions, heard, self.max_new_tokens)
             return [Answer(text.strip(), ended) for text, ended in answers]
         questions = [
             self._fill(transcript.text, question) for transcript, question in zip(heard, questions, strict=True)
         ]
-        answers = ask(self.model, self.processor, questions, [None] * len(questions), self.max_new_tokens)
+        answers = answer_batch(self.model, self.processor, questions, [None] * len(questions), self.max_new_tokens)
         return [
             Answer(text.strip(), ended and transcript.ended)
             for (text, ended), transcript in zip(answers, heard, strict=True)
@@ -235,7 +234,7 @@ class Answerer:
         size = self.model.config.windows_per_batch
         for first in range(0, len(windows), size):
             heard = self._compress(windows[first : first + size])
-            written += ask(self.model, self.processor, [TRANSCRIBE] * len(heard), heard, TRANSCRIPT_TOKENS)
+            written += answer_batch(self.model, self.processor, [TRANSCRIBE] * len(heard), heard, TRANSCRIPT_TOKENS)
         return Answer(" ".join(text.strip() for text, _ in written), all(ended for _, ended in written))
 
 

@@ -37,7 +37,7 @@ class Chat:
             raise ValueError("OpenAI's endpoint needs a key; set OPENAI_API_KEY, or pass the URL of another endpoint.")
         self.client = openai.OpenAI(base_url=base_url, api_key=api_key, max_retries=RETRIES, timeout=TIMEOUT_SECONDS)
 
-    def ask(self, prompt: str) -> str:
+    def reply(self, prompt: str) -> str:
         """Returns the reply to a prompt.
 
         Raises:

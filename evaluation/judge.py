@@ -86,7 +86,7 @@ def judge(predictions: Sequence[dict[str, Any]], chat: Chat, template: str, path
     waiting = {key: number for number, key in enumerate(keys) if key not in scores}
     with Journal(path) as journal, ThreadPoolExecutor(workers) as pool:
         refused = []
-        futures = {pool.submit(chat.ask, prompts[number]): key for key, number in waiting.items()}
+        futures = {pool.submit(chat.reply, prompts[number]): key for key, number in waiting.items()}
         bar = tqdm(as_completed(futures), total=len(futures), desc="judging", unit="answer", disable=not futures)
         try:
             for future in bar:

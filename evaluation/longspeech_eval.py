@@ -117,7 +117,7 @@ def prepare(document: dict[str, Any], writer: Chat, checker: Chat, words: int) -
     reason, text = unfit(document["document"]), ""
     if reason is None:
         try:
-            text = writer.ask(fill(REWRITE, words=str(words), document=document["document"])).strip()
+            text = writer.reply(fill(REWRITE, words=str(words), document=document["document"])).strip()
         except PromptRefused as error:
             reason = str(error)
     if not text:
@@ -127,7 +127,7 @@ def prepare(document: dict[str, Any], writer: Chat, checker: Chat, words: int) -
     for question in document["questions"]:
         answer = " / ".join(question["answers"])
         try:
-            reply = checker.ask(fill(CHECK, text=text, question=question["question"], answer=answer))
+            reply = checker.reply(fill(CHECK, text=text, question=question["question"], answer=answer))
         except PromptRefused as error:
             rejected.append({"question": question["question"], "reason": str(error)})
             continue

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .benchmarks import Benchmark
+from ..data.tasks import QuestionSet
 from .journal import read_journal
 from .scoring import exact_match, find_choice, mean_with_interval, token_f1, whisper_normalizer, word_errors
 
 PREDICTIONS = "predictions.jsonl"
 
 
-def read_predictions(output: Path, benchmark: Benchmark) -> list[dict[str, Any]]:
+def read_predictions(output: Path, benchmark: QuestionSet) -> list[dict[str, Any]]:
     """Returns the predictions in an output folder, those of all processes and runs, in the order of the benchmark.
 
     Raises:
@@ -60,7 +60,7 @@ def score_predictions(rows: Sequence[dict[str, Any]], metric: str, spellings: st
             row["word_errors"], row["words"] = word_errors(reference, normalize(prediction)) if reference else (0, 0)
 
 
-def summarize(rows: Sequence[dict[str, Any]], benchmark: Benchmark) -> dict[str, Any]:
+def summarize(rows: Sequence[dict[str, Any]], benchmark: QuestionSet) -> dict[str, Any]:
     """Returns the figures of scored predictions, all together and, where they have several, for every `kind`."""
     metric = benchmark.metric
     recordings = {row["recording"]: row["duration"] for row in rows}

@@ -21,14 +21,15 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ..cli import MAX_NEW_TOKENS, find_device, find_model
+from ..app.defaults import MAX_NEW_TOKENS, find_model
+from ..app.session import find_device
 from ..compression_fastlongspeech import COMPRESSIONS
 from ..configuration_fastlongspeech import FastLongSpeechConfig
+from ..data.tasks import TASKS, Example, QuestionSet, load_questions
 from ..encoder_fastlongspeech import EncodedRecordings
 from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
 from ..processing_fastlongspeech import FastLongSpeechProcessor
 from .answering import METHODS, Answerer
-from .benchmarks import TASKS, Benchmark, Example, load_benchmark
 from .chat import Chat
 from .journal import Journal
 from .judge import judge, read_template
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     arguments.model = find_model(arguments.model)
     state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
-    benchmark = load_benchmark(*(getattr(arguments, name) for name in DATA))
+    benchmark = load_questions(*(getattr(arguments, name) for name in DATA))
     chat, template = find_judge(arguments, benchmark)
     predict(arguments, benchmark, state)
     state.destroy_process_group()  # nobody waits while the main process scores
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(score(arguments, benchmark, chat, template))
 
 
-def find_judge(arguments: argparse.Namespace, benchmark: Benchmark) -> tuple[Chat | None, str]:
+def find_judge(arguments: argparse.Namespace, benchmark: QuestionSet) -> tuple[Chat | None, str]:
     """Returns the judge that `--judge` asks for and its prompt; None without.
 
     Raises:
@@ -134,7 +135,7 @@ def load_model(arguments: argparse.Namespace, device: str) -> tuple[Any, Any]:
 
 def predict(
     arguments: argparse.Namespace,
-    benchmark: Benchmark,
+    benchmark: QuestionSet,
     state: Any,
     load: Callable[[argparse.Namespace, str], tuple[Any, Any]] = load_model,
     frames: dict[str, EncodedRecordings] | None = None,
@@ -201,7 +202,7 @@ def predict(
     state.wait_for_everyone()
 
 
-def score(arguments: argparse.Namespace, benchmark: Benchmark, chat: Chat | None = None, template: str = "") -> str:
+def score(arguments: argparse.Namespace, benchmark: QuestionSet, chat: Chat | None = None, template: str = "") -> str:
     """Scores the predictions in the output folder, writes `summary.json` and returns what it holds.
 
     Args:

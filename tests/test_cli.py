@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor, cli, load_recording
+from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor, load_recording
+from fastlongspeech.app import cli, defaults
 
 QUESTION = "Where does Anna live?"
 
@@ -140,7 +141,7 @@ def test_a_model_without_an_end_token_answers_to_the_limit(checkpoint, recording
 
 
 def test_without_a_model_the_command_says_what_to_do(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "DEMO_MODEL", tmp_path)
+    monkeypatch.setattr(defaults, "DEMO_MODEL", tmp_path)
     assert run("ask", "a.wav", QUESTION) == 1
     message = capsys.readouterr().err
     assert f"no demo model in {tmp_path}" in message and "an installed package carries no weights" in message

@@ -8,8 +8,8 @@ import soundfile
 from conftest import tiny_config
 
 from fastlongspeech import FastLongSpeechConfig
-from fastlongspeech.benchmarks import flops
-from fastlongspeech.cost import QWEN2_AUDIO_7B, ModelCost, mel_frames_of, recording_seconds
+from fastlongspeech.app.cost import QWEN2_AUDIO_7B, ModelCost, mel_frames_of, recording_seconds
+from fastlongspeech.speed import flops
 
 D, FFN, MELS = 16, 32, 8  # the encoder's sizes in tiny_config
 H, MLP, KV, VOCABULARY, LAYERS = 24, 32, 12, 100, 2  # and the language model's
@@ -126,7 +126,7 @@ def test_mel_frames_are_those_of_the_processor(processor):
 
 
 def test_seconds_come_from_the_header(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastlongspeech.cost.load_recording", None)  # not needed
+    monkeypatch.setattr("fastlongspeech.app.cost.load_recording", None)  # not needed
     soundfile.write(tmp_path / "a.flac", np.zeros((44100, 2)), 44100)
     assert recording_seconds(str(tmp_path / "a.flac")) == 1.0
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, Qwen2AudioForConditionalGeneration
 
 from fastlongspeech import FastLongSpeechForConditionalGeneration
-from fastlongspeech.demo import average, base_encoder, base_join, base_model, corpus, evaluate, phones
+from fastlongspeech.demo import average, base_encoder, base_join, base_model, corpus, heldout, phones
 from fastlongspeech.demo.sentences import (
     KINDS,
     UNHEARD_NAMES,
@@ -243,8 +243,8 @@ def test_the_evaluation_asks_every_question_three_ways(checkpoint: Path, tmp_pat
             rows.append({"audio": f"{number}.flac", "text": "the cat sat", "questions": questions})
         corpus.write_jsonl(folder / "recordings.jsonl", rows)
     output = tmp_path / "figures.json"
-    monkeypatch.setattr("sys.argv", ["evaluate", str(checkpoint), str(tmp_path), "--output", str(output)])
-    evaluate.main()
+    monkeypatch.setattr("sys.argv", ["heldout", str(checkpoint), str(tmp_path), "--output", str(output)])
+    heldout.main()
     table = capsys.readouterr().out
     assert all(word in table for word in ("the recording", "wrong recording", "no audio", "CTC transcription, long"))
     figures = json.loads(output.read_text())

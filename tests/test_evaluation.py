@@ -14,12 +14,14 @@ import pytest
 import soundfile
 import torch
 
-from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor, cli
-from fastlongspeech.evaluation.answering import TRANSCRIPT_TOKENS, Answer, Answerer, ask
-from fastlongspeech.evaluation.benchmarks import EMOTIONS, load_benchmark
+from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
+from fastlongspeech.app import cli
+from fastlongspeech.data.tasks import EMOTIONS, load_questions
+from fastlongspeech.evaluation.answering import TRANSCRIPT_TOKENS, Answer, Answerer, answer_batch
 from fastlongspeech.evaluation.journal import read_journal
 from fastlongspeech.evaluation.run import make_batches
 from fastlongspeech.evaluation.scoring import whisper_normalizer
+from fastlongspeech.placeholders_fastlongspeech import TRANSCRIBE
 
 RATE = 16000
 
@@ -63,7 +65,7 @@ def evaluate(output: Path, checkpoint: Path, *more: object, task: str = "qa") ->
 
 
 def test_a_manifest_gives_questions_with_what_is_said_of_them(clips, questions):
-    benchmark = load_benchmark("qa", questions)
+    benchmark = load_questions("qa", questions)
     assert benchmark.metric == "answer" and len(benchmark.examples) == 6
     first, second = benchmark.examples[:2]
     assert (first.question, first.answers, first.duration) == ("What is it?", ["noise"], 31)
@@ -77,7 +79,7 @@ def test_shorter_and_longer_recordings_are_left_out_and_counted(checkpoint, ques
     assert (summary["questions"], summary["rows_left_out"]) == (2, 4)
     assert [row["row"] for row in read_journal(tmp_path / "out/predictions.jsonl")] == [4, 5]
     with pytest.raises(ValueError, match="no recording of 40 to inf s"):
-        load_benchmark("qa", questions, min_seconds=40)
+        load_questions("qa", questions, min_seconds=40)
 
 
 def test_a_dataset_of_the_hub_is_loaded_by_name_subset_and_split(clips, monkeypatch):
@@ -85,15 +87,15 @@ def test_a_dataset_of_the_hub_is_loaded_by_name_subset_and_split(clips, monkeypa
     table = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio())
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: asked.append((names, options)) or table)
-    (example,) = load_benchmark("asr", "openslr/librispeech_asr#test", "clean").examples
+    (example,) = load_questions("asr", "openslr/librispeech_asr#test", "clean").examples
     assert asked == [(("openslr/librispeech_asr", "clean"), {"split": "test"})]
-    assert (example.answers, example.question) == (["HELLO"], cli.TRANSCRIBE)
+    assert (example.answers, example.question) == (["HELLO"], TRANSCRIBE)
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline")))
     with pytest.raises(
         ValueError, match="openslr/none is no file or folder, and can't be loaded from the Hub: offline"
     ):
-        load_benchmark("asr", "openslr/none")
+        load_questions("asr", "openslr/none")
 
 
 @pytest.mark.parametrize("answer", ["noise", ["noise", "a noise"]])
@@ -103,7 +105,7 @@ def test_longspeech_eval_is_a_datasets_folder(checkpoint, clips, tmp_path, answe
     datasets.DatasetDict({"test": table}).save_to_disk(tmp_path / "set")
     source = f"{tmp_path / 'set'}#test"
     assert evaluate(tmp_path / "out", checkpoint, "--data", source, task="longspeech-eval")["recordings"] == 1
-    benchmark = load_benchmark("longspeech-eval", source, limit=1)
+    benchmark = load_questions("longspeech-eval", source, limit=1)
     (example,) = benchmark.examples
     assert example.answers == ([answer] if isinstance(answer, str) else answer)
     assert benchmark.audio(example)["bytes"] == (clips / "1.wav").read_bytes()
@@ -117,20 +119,20 @@ def test_air_bench_names_recordings_by_task_and_dataset(clips, tmp_path):
     rows = [row | {"task_name": "speech_QA", "dataset_name": "iemocap"}]
     rows += [row | {"task_name": "sound_QA", "dataset_name": "clotho"}]
     source = write(tmp_path / "Chat_meta.json", rows)
-    (example,) = load_benchmark("air-bench", source, "speech_QA_iemocap").examples
+    (example,) = load_questions("air-bench", source, "speech_QA_iemocap").examples
     assert (example.question, example.answers, example.notes["uniq_id"]) == ("Who?", ["a man"], 7)
     with pytest.raises(ValueError, match="no rows of speech_dialogue_QA_fisher"):
-        load_benchmark("air-bench", source, "speech_dialogue_QA_fisher")
+        load_questions("air-bench", source, "speech_dialogue_QA_fisher")
 
 
 def test_audio_root_comes_before_the_manifest_s_own_folder(clips, tmp_path):
     manifest = write(tmp_path / "set/qa.jsonl", [{"audio": "0.wav", "question": "Who?", "answer": "he"}])
     soundfile.write(tmp_path / "set/0.wav", np.zeros(RATE), RATE)
-    assert [load_benchmark("qa", manifest, audio_root=root).examples[0].duration for root in (None, clips)] == [1, 31]
+    assert [load_questions("qa", manifest, audio_root=root).examples[0].duration for root in (None, clips)] == [1, 31]
     rows = [{"audio": str(clips / "0.wav"), "question": "Who?", "answer": "he"}]
     datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(decode=False)).save_to_disk(tmp_path / "d")
     with pytest.raises(ValueError, match="holds its recordings itself; leave it out"):
-        load_benchmark("qa", tmp_path / "d", audio_root=clips)
+        load_questions("qa", tmp_path / "d", audio_root=clips)
 
 
 def test_librisqa_finds_flac_files_and_reads_both_parts(clips, tmp_path):
@@ -139,17 +141,17 @@ def test_librisqa_finds_flac_files_and_reads_both_parts(clips, tmp_path):
     soundfile.write(recording, soundfile.read(clips / "1.wav")[0], RATE)
     row = {"speech_path": "LibriSpeech/test-clean/61/61-0.wav", "duration": 1.0, "text": "HELLO"}
     first = write(tmp_path / "I.json", [row | {"question": "Who?", "answer": "He."}])
-    benchmark = load_benchmark("librisqa", first, audio_root=tmp_path / "LibriSpeech")
+    benchmark = load_questions("librisqa", first, audio_root=tmp_path / "LibriSpeech")
     assert benchmark.metric == "answer" and benchmark.audio(benchmark.examples[0]) == str(recording)
     second = write(tmp_path / "II.json", [row | {"question_and_option": "Who? A. He B. She", "answer": "B"}])
-    benchmark = load_benchmark("librisqa", second)
+    benchmark = load_questions("librisqa", second)
     assert benchmark.metric == "choice" and benchmark.examples[0].choices == ["A", "B", "C", "D"]
 
 
 def test_openasqa_finds_recordings_of_another_machine(clips, tmp_path):
     row = {"audio_id": "/data/sls/LibriTTS/1.wav", "instruction": "Who?", "input": "", "output": "A man.", "task": "t"}
     source = write(tmp_path / "openasqa.json", [row | {"dataset": "libritts"}])
-    benchmark = load_benchmark("openasqa", source, audio_root=clips)
+    benchmark = load_questions("openasqa", source, audio_root=clips)
     assert benchmark.audio(benchmark.examples[0]) == str(clips / "1.wav")
     assert benchmark.examples[0].answers == ["A man."]
 
@@ -158,7 +160,7 @@ def test_meld_asks_for_the_emotion(clips, tmp_path):
     (tmp_path / "dia0_utt3.wav").write_bytes((clips / "1.wav").read_bytes())
     source = tmp_path / "test_sent_emo.csv"
     source.write_text("Sr No.,Utterance,Emotion,Dialogue_ID,Utterance_ID\n1,Oh!,surprise,0,3\n")
-    (example,) = load_benchmark("meld", source).examples
+    (example,) = load_questions("meld", source).examples
     assert example.answers == ["Surprise"] and example.choices == EMOTIONS
     assert "[Anger, Disgust, Fear, Joy, Neutral, Sadness, Surprise]" in example.question
 
@@ -176,7 +178,7 @@ def test_meld_asks_for_the_emotion(clips, tmp_path):
 def test_bad_rows_are_named(clips, task, row, fault):
     source = write(clips / "bad.jsonl", [{"audio": "1.wav"} | row])
     with pytest.raises(ValueError, match=fault):
-        load_benchmark(task, source)
+        load_questions(task, source)
 
 
 # Answers
@@ -234,7 +236,7 @@ def test_kept_frames_serve_other_methods(model, clips, processor, monkeypatch):
 def test_what_questions_about_a_recording_begin_with_is_read_once(model, processor, monkeypatch):
     recordings = [torch.randn(frames, 16) for frames in (30, 12)]
     questions, heard = ["Who?", "What is it about?", "Where?"], [recordings[0], recordings[0], recordings[1]]
-    one_by_one = [ask(model, processor, [q], [h], 6)[0] for q, h in zip(questions, heard, strict=True)]
+    one_by_one = [answer_batch(model, processor, [q], [h], 6)[0] for q, h in zip(questions, heard, strict=True)]
     read = []
     inner = model.model.language_model.forward
     monkeypatch.setattr(
@@ -242,7 +244,7 @@ def test_what_questions_about_a_recording_begin_with_is_read_once(model, process
         "forward",
         lambda *args, **inputs: read.append(inputs["inputs_embeds"].shape[:2]) or inner(*args, **inputs),
     )
-    assert ask(model, processor, questions, heard, 6) == one_by_one
+    assert answer_batch(model, processor, questions, heard, 6) == one_by_one
     (recordings_read, _), (rows, tokens), *_ = read
     assert (recordings_read, rows) == (2, 3) and tokens <= len("What is it about?<|im_end|>\n<|im_start|>assistant\n")
 
@@ -270,7 +272,7 @@ def test_an_answer_by_a_transcript_that_was_cut_has_not_ended(model, clips, proc
         limits.append(limit)
         return [Answer("text", limit == 2)] * len(questions)
 
-    monkeypatch.setattr("fastlongspeech.evaluation.answering.ask", ask_all)
+    monkeypatch.setattr("fastlongspeech.evaluation.answering.answer_batch", ask_all)
     answerer = Answerer(model, processor, "cascade", None, max_new_tokens=2)
     assert answerer.answer(["Who?"], ["0"], [clips / "0.wav"]) == [Answer("text", False)]
     assert limits == [TRANSCRIPT_TOKENS, 2]
@@ -286,7 +288,7 @@ def test_a_transcript_beyond_the_context_is_refused(model, clips, processor, mon
 def test_other_braces_of_a_cascade_s_prompt_are_text(model, clips, processor, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "fastlongspeech.evaluation.answering.ask",
+        "fastlongspeech.evaluation.answering.answer_batch",
         lambda model, processor, questions, *_: asked.extend(questions) or [Answer("", True)] * len(questions),
     )
     monkeypatch.setattr(processor, "ctc_decode", lambda _: ["{question}"], raising=False)
@@ -305,7 +307,7 @@ def test_the_ctc_cascade_gives_the_transcript_of_the_ctc_decoder(model, clips, p
     ):
         answerer = Answerer(model, processor, "ctc_cascade", None, 4, given)
         (answer,) = answerer.answer(["Who?"], ["0"], [clips / "0.wav"])
-        assert answer.text == ask(model, processor, [prompt], [None], 4)[0].text.strip()
+        assert answer.text == answer_batch(model, processor, [prompt], [None], 4)[0].text.strip()
 
 
 def test_vanilla_refuses_recordings_longer_than_a_window(model, processor):
@@ -330,7 +332,7 @@ def test_batches_answer_as_one_by_one(checkpoint, questions, tmp_path):
 
 
 def test_the_questions_about_a_recording_share_a_batch(questions):
-    examples = load_benchmark("qa", questions).examples
+    examples = load_questions("qa", questions).examples
     assert [[example.row for example in batch] for batch in make_batches(examples[::-1], 3)] == [
         [1, 0],
         [5, 4],

@@ -14,10 +14,10 @@ import openai
 import pytest
 import soundfile
 
-from fastlongspeech import cli
+from fastlongspeech.app import cli
+from fastlongspeech.data.tasks import load_questions
 from fastlongspeech.evaluation import chat as chat_module
 from fastlongspeech.evaluation import longspeech_eval
-from fastlongspeech.evaluation.benchmarks import load_benchmark
 from fastlongspeech.evaluation.chat import Chat, PromptRefused, fill, find_object
 from fastlongspeech.evaluation.journal import read_journal
 from fastlongspeech.evaluation.judge import RUBRIC, judge, parse_score, read_template
@@ -78,7 +78,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
 
 
 def test_a_prompt_is_asked_at_temperature_zero(endpoint):
-    assert Chat("judge-7b", endpoint.url, "secret").ask("Hi?") == "hello"
+    assert Chat("judge-7b", endpoint.url, "secret").reply("Hi?") == "hello"
     (request,) = endpoint.requests
     assert request["path"] == "/v1/chat/completions" and request["key"] == "Bearer secret"
     assert request["model"] == "judge-7b" and request["temperature"] == 0
@@ -93,21 +93,21 @@ def test_model_and_endpoint_come_from_the_environment_too(endpoint, monkeypatch)
     monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
     monkeypatch.setenv("OPENAI_MODEL", "llama")
     monkeypatch.setenv("OPENAI_API_KEY", "k")
-    Chat().ask("?")
+    Chat().reply("?")
     assert (endpoint.requests[0]["model"], endpoint.requests[0]["key"]) == ("llama", "Bearer k")
 
 
 def test_failures_are_tried_again_and_refusals_are_not(endpoint):
     replies = iter([500, 429, "at last"])
     endpoint.reply = lambda prompt: next(replies)
-    assert Chat("m", endpoint.url).ask("?") == "at last"
+    assert Chat("m", endpoint.url).reply("?") == "at last"
     endpoint.reply = lambda prompt: 400
     with pytest.raises(PromptRefused, match="refused a prompt of 1 characters"):
-        Chat("m", endpoint.url).ask("?")
+        Chat("m", endpoint.url).reply("?")
     assert len(endpoint.requests) == 4
     endpoint.reply = lambda prompt: 503
     with pytest.raises(ValueError, match="run the same command again"):
-        Chat("m", endpoint.url).ask("?")
+        Chat("m", endpoint.url).reply("?")
     assert len(endpoint.requests) == 4 + 1 + chat_module.RETRIES
 
 
@@ -289,7 +289,7 @@ def test_a_benchmark_is_built_from_documents(endpoint, documents, speaker, tmp_p
 
     for recording in (output / "speech").iterdir():
         recording.unlink()  # the dataset has the sound inside
-    examples = load_benchmark("longspeech-eval", output / "dataset").examples
+    examples = load_questions("longspeech-eval", output / "dataset").examples
     assert [(example.question, example.answers, example.duration) for example in examples] == [
         ("Where did the man live?", ["in a small house"], 1.0),
         ("Who was ill?", ["his horse", "the horse"], 1.0),

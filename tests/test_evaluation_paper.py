@@ -11,18 +11,22 @@ import pytest
 import soundfile
 import yaml
 
-from fastlongspeech import cli
-from fastlongspeech.evaluation import demo_set, paper, run, scoring
+from fastlongspeech.app import cli
+from fastlongspeech.app.markdown import insert_blocks
+from fastlongspeech.data.tasks import Example, QuestionSet
+from fastlongspeech.demo import evaluation_set
+from fastlongspeech.evaluation import run, scoring
 from fastlongspeech.evaluation.answering import Answerer
 from fastlongspeech.evaluation.journal import read_journal
-from fastlongspeech.evaluation.paper_plots import binned
-from fastlongspeech.evaluation.paper_results import difference
+from fastlongspeech.evaluation.paper import run as paper
+from fastlongspeech.evaluation.paper.plots import binned
+from fastlongspeech.evaluation.paper.recipe import RIVALS, Recipe
+from fastlongspeech.evaluation.paper.results import difference
 from fastlongspeech.evaluation.run import parse_arguments
-from fastlongspeech.markdown import insert_blocks
 from fastlongspeech.train import dct
 
 RATE = 16000
-RECIPES = Path(paper.__file__).parent / "recipes"
+RECIPES = Path(run.__file__).parent / "recipes"
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -47,7 +51,7 @@ def recipe(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "output": str(folder / "out"),
         "page": str(folder / "results.md"),
         "models": {name: str(checkpoint) for name in ("fastlongspeech", "stage1")}
-        | {name: str(folder / name) for name in paper.RIVALS},
+        | {name: str(folder / name) for name in RIVALS},
         "training": ["--model", str(checkpoint), "--train_data", write(folder / "train.jsonl", short), "--use_cpu"]
         + ["--lora_r", "2", "--per_device_train_batch_size", "2", "--disable_tqdm", "true"],
         "lengths": [750, 400, 12],
@@ -93,12 +97,12 @@ def test_a_quick_run_makes_every_table_and_plot(quick):
 )
 def test_the_demo_recipe_runs_on_a_few_recordings_of_the_demo_set(tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "RESAMPLES", 20)
-    monkeypatch.setattr(demo_set, "durations", lambda: [35.0] * demo_set.LONG)
+    monkeypatch.setattr(evaluation_set, "durations", lambda: [35.0] * evaluation_set.LONG)
     monkeypatch.chdir(tmp_path)
     Path("work").mkdir()
     Path("work/dct").symlink_to(RECIPES.parents[1] / "checkpoints" / "fastlongspeech-demo")
-    monkeypatch.setattr("sys.argv", ["demo_set", "work/demo-set", "--recordings", "2", "--workers", "1"])
-    demo_set.main()
+    monkeypatch.setattr("sys.argv", ["evaluation_set", "work/demo-set", "--recordings", "2", "--workers", "1"])
+    evaluation_set.main()
     steps = ["--steps", "evaluate", "report", "--models", "fastlongspeech"]
     paper.main([str(RECIPES / "paper-demo.yaml"), "--quick", *steps])
     summary = json.loads(Path("work/paper/quick/long/fastlongspeech-iterative_fusion-750/summary.json").read_text())
@@ -160,7 +164,7 @@ def test_what_is_there_is_not_done_again(recipe, quick, monkeypatch):
 def test_the_page_can_be_written_before_anything_has_run(recipe):
     paper.main([str(recipe), "--steps", "report"])
     page = (recipe.parent / "results.md").read_text()
-    conditions = len(paper.Recipe.read(str(recipe)).conditions())
+    conditions = len(Recipe.read(str(recipe)).conditions())
     assert f"**{conditions} of {conditions} conditions are not there yet" in page
     assert "| NTK-RoPE | 3.44 | 61.21 | 4.80 | – | – | – |" in page
     with pytest.raises(ValueError, match="holds no model; train it with --steps train --models plain"):
@@ -196,7 +200,7 @@ def test_text_outside_the_blocks_is_kept():
 
 @pytest.mark.parametrize("name", ["paper-demo.yaml", "paper-qwen2-audio-7b.yaml"])
 def test_every_command_of_our_recipes_is_understood(name):
-    recipe = paper.Recipe.read(str(RECIPES / name))
+    recipe = Recipe.read(str(RECIPES / name))
     conditions = recipe.conditions()
     assert recipe.lengths == [750, 400, 200, 100, 50, 25, 12]
     folders = {parse_arguments(recipe.command(condition)).output for condition in conditions}
@@ -204,7 +208,7 @@ def test_every_command_of_our_recipes_is_understood(name):
 
 
 def test_the_most_important_conditions_come_first_and_the_cascades_last():
-    conditions = paper.Recipe.read(str(RECIPES / "paper-demo.yaml")).conditions()
+    conditions = Recipe.read(str(RECIPES / "paper-demo.yaml")).conditions()
     assert conditions[0] == ("long", "fastlongspeech", "iterative_fusion", 750)
     first = [condition for condition in conditions if condition.model in ("fastlongspeech", "plain")]
     assert conditions[: len(first) - 2] == first[:-2]
@@ -217,12 +221,12 @@ def test_a_recipe_that_lacks_something_is_refused(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("output: out\n")
     with pytest.raises(ValueError, match="must set benchmarks, lengths, models, output, page, training and nothing"):
-        paper.Recipe.read(str(path))
+        Recipe.read(str(path))
     content = yaml.safe_load((RECIPES / "paper-demo.yaml").read_text())
     del content["models"]["plain"]
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match="must name models fastlongspeech, stage1, plain"):
-        paper.Recipe.read(str(path))
+        Recipe.read(str(path))
 
 
 def test_frames_are_kept_for_models_with_the_same_encoder(checkpoint, tmp_path):
@@ -245,8 +249,8 @@ def test_frames_are_kept_for_models_with_the_same_encoder(checkpoint, tmp_path):
 
 def test_recordings_are_timed_over_all_durations():
     rows = [{"row": number, "recording": str(number), "duration": number} for number in range(160)]
-    examples = [paper.Example(**row, question="?", answers=["x"], choices=[], notes={}) for row in rows]
-    chosen = paper.spread(paper.Benchmark("answer", examples, rows, 0), quick=False)
+    examples = [Example(**row, question="?", answers=["x"], choices=[], notes={}) for row in rows]
+    chosen = paper.spread(QuestionSet("answer", examples, rows, 0), quick=False)
     assert [example.duration for example in chosen] == list(range(5, 160, 10))
 
 

@@ -13,7 +13,8 @@ from accelerate.data_loader import BatchSamplerShard
 from conftest import CLIP_SECONDS, CLIP_TEXTS, RATE, write_rows
 from torch.utils.data import BatchSampler
 
-from fastlongspeech.train.data import DCTCollator, StepSampler, draw_target_length, load_rows
+from fastlongspeech.data.manifests import load_rows
+from fastlongspeech.train.batches import DCTCollator, StepSampler, draw_target_length
 
 # Rows
 

@@ -28,9 +28,10 @@ from safetensors.torch import save_file
 from transformers import set_seed
 
 from ..audio_fastlongspeech import count_frames
+from ..data.manifests import SpeechRows, load_rows, refuse
 from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
 from ..processing_fastlongspeech import FastLongSpeechProcessor
-from .data import CTCCollator, SpeechRows, load_rows, refuse
+from .batches import CTCCollator
 from .stage import DTYPES, StageArguments, StageTrainer, export, open_run, parse_settings
 
 DECODER = "ctc_decoder."

@@ -19,9 +19,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
 from ..compression_fastlongspeech import check_compression
+from ..data.manifests import load_rows
 from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
 from ..processing_fastlongspeech import FastLongSpeechProcessor
-from .data import DCTCollator, load_rows
+from .batches import DCTCollator
 from .stage import DTYPES, StageArguments, StageTrainer, export, open_run, parse_settings
 
 # Anchored: the bare names would match the audio tower's projections too.

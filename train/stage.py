@@ -31,7 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from .data import StepSampler
+from .batches import StepSampler
 
 SETTINGS = "settings.yaml"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,6 +1,6 @@
 """Density and fusion against the loop a reader of the paper would write, and against the encoder.
 
-    python -m fastlongspeech.benchmarks.fusion --device cpu
+    python -m fastlongspeech.speed.fusion --device cpu
 
 With random weights of the model's sizes. Every recording is fused to 400 frames. The loop goes through the recordings
 one by one, and its CTC decoder has two matrices as in the paper's release, or their product. All results are compared,
@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from fastlongspeech import FastLongSpeechConfig, fusion_fastlongspeech
+from fastlongspeech.app.markdown import table
 from fastlongspeech.encoder_fastlongspeech import FastLongSpeechCTCDecoder, FastLongSpeechEncoder
 from fastlongspeech.fusion_fastlongspeech import content_density, iterative_fusion
-from fastlongspeech.markdown import table
 
 from .common import Benchmark, Goal, figure, free_bytes, load_config, number, parse, ratio
 

@@ -1,6 +1,6 @@
 """The front end: decoding a file, and log-mel features, on the CPU and, where there is a GPU, on it.
 
-    python -m fastlongspeech.benchmarks.frontend --device cpu
+    python -m fastlongspeech.speed.frontend --device cpu
 
 Files of noise in a temporary folder: FLAC at 16 kHz, one channel; WAV and MP3 at 44.1 kHz, two channels, which are
 mixed and resampled. The features are compared with those of transformers' extractor for all windows at once. The
@@ -17,7 +17,7 @@ import numpy as np
 import soundfile
 
 from fastlongspeech import load_recording
-from fastlongspeech.markdown import table
+from fastlongspeech.app.markdown import table
 
 from .common import Benchmark, figure, number, parse, ratio, tiny_processor
 

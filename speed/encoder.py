@@ -1,6 +1,6 @@
 """The encoder against the stock one of transformers, which reads 30 s for every clip, however short.
 
-    python -m fastlongspeech.benchmarks.encoder --device cpu
+    python -m fastlongspeech.speed.encoder --device cpu
 
 The same random weights and the same windows in both; the frames they give are compared by the tests.
 """
@@ -13,8 +13,8 @@ import torch
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
+from fastlongspeech.app.markdown import table
 from fastlongspeech.encoder_fastlongspeech import FastLongSpeechEncoder
-from fastlongspeech.markdown import table
 
 from .common import Benchmark, figure, load_config, number, parse, ratio, windows_of
 

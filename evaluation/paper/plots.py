@@ -10,7 +10,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot  # noqa: E402  # after the choice of what it draws with
 from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 
-from .paper import (  # noqa: E402
+from .recipe import (  # noqa: E402
     AT_LENGTHS,
     BASELINE,
     CASCADES,
@@ -23,7 +23,7 @@ from .paper import (  # noqa: E402
     WINDOW,
     Method,
 )
-from .paper_results import METRICS, Results, Rows, mean_of  # noqa: E402
+from .results import METRICS, Results, Rows, mean_of  # noqa: E402
 
 DURATIONS = (0, 60, 120, 240, 480, 1000)  # seconds
 FIFTHS = (0, 0.2, 0.4, 0.6, 0.8, 1)  # of a recording

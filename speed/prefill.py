@@ -1,14 +1,14 @@
 """Time to the first token of the answer, and memory, from a recording's mel features on the device.
 
-    python -m fastlongspeech.benchmarks.prefill --device cuda
+    python -m fastlongspeech.speed.prefill --device cuda
 
 Ours at several L and average pooling, against reading every frame, which is what NTK-RoPE does: it changes the base of
 the rotary positions, which takes no time, so the same weights serve for all. Every method computes logits at the last
 position alone, save the stock model of transformers, which reads at most 30 s. A batch holds recordings of the same
-duration. Beside the times stand the counted operations, see `cost.py`. They tell the ratio of times where the encoder
-does as many a second as the language model; a table says how many each does and, on a CPU, what a profile of each
-(torch.profiler) finds: how much of its time goes into matrix products, and how much into attention, whose softmax is
-not counted.
+duration. Beside the times stand the counted operations, see `app/cost.py`. They tell the ratio of times where the
+encoder does as many a second as the language model; a table says how many each does and, on a CPU, what a profile of
+each (torch.profiler) finds: how much of its time goes into matrix products, and how much into attention, whose softmax
+is not counted.
 """
 
 from collections import Counter
@@ -20,8 +20,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2AudioForConditionalGeneration
 
-from fastlongspeech.cost import TEXT_TOKENS, ModelCost
-from fastlongspeech.markdown import table
+from fastlongspeech.app.cost import TEXT_TOKENS, ModelCost
+from fastlongspeech.app.markdown import table
 
 from .common import (
     FRAMES_PER_SECOND,

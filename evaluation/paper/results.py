@@ -6,14 +6,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..configuration_fastlongspeech import FastLongSpeechConfig
-from ..cost import ModelCost
-from .journal import read_journal
-from .paper import BASELINE, NTK_ROPE, OURS, SECONDS, WINDOW, Condition, Method, Recipe
-from .report import PREDICTIONS
-from .run import SUMMARY
-from .scoring import mean_with_interval
+from ...app.cost import ModelCost
+from ...configuration_fastlongspeech import FastLongSpeechConfig
+from ..journal import read_journal
+from ..report import PREDICTIONS
+from ..run import SUMMARY
+from ..scoring import mean_with_interval
+from .recipe import BASELINE, NTK_ROPE, OURS, WINDOW, Condition, Method, Recipe
 
+SECONDS = "seconds.jsonl"
 Rows = list[dict[str, Any]]
 DASH = "–"  # for what is not there yet
 # What a benchmark is scored by: the first of these that all its predictions have. Its name, and what it is times.
@@ -75,7 +76,7 @@ class Results:
         return {"asr": "word_errors", "choice": "accuracy", "meld": "accuracy"}.get(task, "exact_match")
 
     def flops(self, benchmark: str, method: Method, length: int = WINDOW) -> float | None:
-        """Returns the operations to the first token of an answer, counted by `cost.py`, as a mean over the questions.
+        """Returns the operations to the first token of an answer, counted by `app/cost.py`: their mean.
 
         Durations are rounded to seconds. None where no condition of the benchmark is there.
         """

@@ -1,6 +1,6 @@
-"""Writes docs/performance.md and its plots from the files in benchmarks/results/, each table under its command.
+"""Writes docs/performance.md and its plots from the files in speed/results/, each table under its command.
 
-python -m fastlongspeech.benchmarks.report
+python -m fastlongspeech.speed.report
 """
 
 import argparse
@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot  # noqa: E402  # after the choice of what it draws with
 
-from fastlongspeech.markdown import table  # noqa: E402
+from fastlongspeech.app.markdown import table  # noqa: E402
 
 from . import encoder, flops, frontend, fusion, prefill, recording, trials  # noqa: E402
 from .common import FRAMES_PER_SECOND, RESULTS  # noqa: E402
@@ -32,7 +32,7 @@ SECTIONS: dict[str, tuple[str, Any]] = {
 WITH_GOALS: dict[str, Any] = {"fusion": fusion, "prefill": prefill, "recording": recording}
 HEAD = """# Cost and speed
 
-Written by `python -m fastlongspeech.benchmarks.report` from the files in `benchmarks/results/`; each table stands
+Written by `python -m fastlongspeech.speed.report` from the files in `speed/results/`; each table stands
 under the command that measured it. In a clean clone, `make test` makes the environment for these commands in `.venv`
 (`. .venv/bin/activate`); `--device` names another device, and `--quick` shows in seconds that a script works. What a
 recording of yours costs, before it is run:
@@ -50,7 +50,7 @@ beside the median, and ratios of such runs say little. Memory is the peak of a r
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: speed/results)")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write to (default: docs)")
     arguments = parser.parse_args(argv)
     arguments.docs.mkdir(parents=True, exist_ok=True)

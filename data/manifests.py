@@ -1,4 +1,4 @@
-"""Data of both training stages: reading rows, their order, the target length of every step, and the collators.
+"""Rows of recordings and text, from a JSON-lines manifest or a `datasets` folder: what training and evaluation read.
 
 A row is a recording with its text. Stage 1 reads `audio, text`, stage 2 `audio, question, answer`; other columns are
 ignored. Rows come from
@@ -8,7 +8,7 @@ ignored. Rows come from
 - a `datasets` folder: what `save_to_disk` wrote or what `load_dataset` can read. Where it holds several splits, name
   one after a `#`: `corpus#train`.
 
-Every row is checked before training starts, its recording's header included, and the bad ones are named: nothing is
+Every row is checked before work starts, its recording's header included, and the bad ones are named: nothing is
 left out silently.
 """
 
@@ -16,16 +16,13 @@ from __future__ import annotations
 
 import io
 import json
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import soundfile
-import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from ..audio_fastlongspeech import refuse_cut_wav
 
@@ -220,120 +217,3 @@ def _check_row(row: Any, columns: Sequence[str]) -> float | str | None:
     if duration < FRAME_SECONDS:
         return f"has a recording of {duration:.3f} s; it must last at least {FRAME_SECONDS} s"
     return duration
-
-
-class StepSampler(Sampler):
-    """Yields `(step, row number)` for every sample of an epoch: the collator learns the optimiser step from the data.
-
-    The order is a function of (seed, epoch) alone. Each run of `samples_per_step` samples (batch size x accumulation
-    x processes) belongs to one optimiser step, counted from 0 over all epochs; the last step of an epoch is filled up
-    with rows from the epoch's beginning (or left out, `drop_last`). So a step has the same rows however it is divided
-    among micro-batches and processes, with any number of data loader workers, and after a resume.
-
-    Args:
-        durations: seconds of every row.
-        samples_per_step: rows in one optimiser step, all processes together.
-        seed: of the order.
-        global_step: returns the number of optimiser steps taken so far; tells which epoch begins.
-        strategy: `"random"`, `"sequential"`, or `"group_by_length"`: rows of like duration share a step.
-        drop_last: leave out the last, incomplete step of an epoch.
-    """
-
-    MEGABATCH = 50  # steps sorted by duration together, as in transformers' LengthGroupedSampler
-
-    def __init__(
-        self,
-        durations: Sequence[float],
-        samples_per_step: int,
-        seed: int,
-        global_step: Callable[[], int],
-        strategy: str = "random",
-        drop_last: bool = False,
-    ):
-        if strategy not in ("random", "sequential", "group_by_length"):
-            raise ValueError(
-                f"train_sampling_strategy must be random, sequential or group_by_length, got {strategy!r}; choose one."
-            )
-        if drop_last and len(durations) < samples_per_step:
-            raise ValueError(
-                f"dataloader_drop_last drops all {len(durations)} rows of a step of {samples_per_step}; switch it off."
-            )
-        self.durations, self.samples_per_step, self.seed = durations, samples_per_step, seed
-        self.global_step, self.strategy = global_step, strategy
-        steps = len(durations) / samples_per_step
-        self.steps_per_epoch = math.floor(steps) if drop_last else math.ceil(steps)
-
-    def __len__(self) -> int:
-        return self.steps_per_epoch * self.samples_per_step
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch = self.global_step() // self.steps_per_epoch
-        for step, rows in enumerate(self.steps_of(epoch), epoch * self.steps_per_epoch):
-            for row in rows:
-                yield step, row
-
-    def steps_of(self, epoch: int) -> list[list[int]]:
-        """Return the row numbers of every step of an epoch."""
-        rows = np.arange(len(self.durations))
-        random = np.random.default_rng((self.seed, epoch))
-        if self.strategy != "sequential":
-            random.shuffle(rows)
-        rows = np.resize(rows, len(self))  # repeats from the beginning
-        if self.strategy == "group_by_length":
-            durations = np.asarray(self.durations)
-            size = self.MEGABATCH * self.samples_per_step
-            chunks = (rows[start : start + size] for start in range(0, len(rows), size))
-            rows = np.concatenate([chunk[np.argsort(durations[chunk], kind="stable")] for chunk in chunks])
-        steps = rows.reshape(self.steps_per_epoch, self.samples_per_step)
-        if self.strategy == "group_by_length":
-            random.shuffle(steps)
-        return steps.tolist()
-
-
-def draw_target_length(seed: int, step: int, target_lengths: Sequence[int]) -> int:
-    """Return L of an optimiser step, uniform over `target_lengths`: L ~ U(L) of Eq. 7, a function of (seed, step)."""
-    return target_lengths[int(np.random.default_rng((seed, step)).integers(len(target_lengths)))]
-
-
-class CTCCollator:
-    """Makes rows of `audio, text` into the inputs of the CTC loss."""
-
-    def __init__(self, processor: Any):
-        self.processor = processor
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return `input_features`, `feature_attention_mask`, `windows_per_audio` and `ctc_labels`."""
-        return self.processor(audio=[row["audio"] for row in rows], ctc_text=[row["text"] for row in rows])
-
-
-class DCTCollator:
-    """Makes rows of `audio, question, answer` into the inputs of dynamic compression training.
-
-    All rows of an optimiser step get placeholders for one L, drawn from (seed, step); the step comes with the rows
-    (see `StepSampler`), so that L is the same in all processes, data loader workers and accumulated micro-batches,
-    and after a resume. Rows that carry a `target_length` (evaluation) get that one. With the compression `"none"`,
-    every frame gets a placeholder, whatever L is.
-    """
-
-    def __init__(self, processor: Any, target_lengths: Sequence[int], seed: int, compression: str | None = None):
-        self.processor, self.target_lengths, self.seed = processor, list(target_lengths), seed
-        self.compression = compression
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return the processor's outputs with `labels`: prompt, audio and padding are -100."""
-        target_length = rows[0].get("target_length")
-        if target_length is None:
-            target_length = draw_target_length(self.seed, rows[0]["step"], self.target_lengths)
-        return self.processor(
-            text=[self.prompt(row["question"]) for row in rows],
-            audio=[row["audio"] for row in rows],
-            answers=[row["answer"] for row in rows],
-            target_length=target_length,
-            compression=self.compression,
-        )
-
-    def prompt(self, question: str) -> str:
-        """Return a question about one recording in the processor's chat template."""
-        content = [{"type": "audio"}, {"type": "text", "text": question}]
-        turn = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)

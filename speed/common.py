@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import Qwen2Tokenizer, WhisperFeatureExtractor
 
 from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
-from fastlongspeech.cost import QWEN2_AUDIO_7B
+from fastlongspeech.app.cost import QWEN2_AUDIO_7B
 
 RESULTS = Path(__file__).parent / "results"
 REPEATS, LIMIT = 5, 120.0
@@ -68,7 +68,7 @@ def parse(
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--repeats", type=int, default=REPEATS, metavar="N", help="timed runs after one to warm up")
     parser.add_argument("--limit", type=float, default=LIMIT, metavar="S", help="leave out what a run of takes longer")
-    parser.add_argument("--output", type=Path, help="file of results (default: in benchmarks/results/; --quick: none)")
+    parser.add_argument("--output", type=Path, help="file of results (default: in speed/results/; --quick: none)")
     parser.add_argument("--resume", action="store_true", help="keep the cases that the file of results has")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and one run, to see that it works")
     if models is not None:
@@ -261,7 +261,7 @@ class Benchmark:
             "benchmark": name,
             "model": model,
             "command": " ".join(
-                [f"python -m fastlongspeech.benchmarks.{name} --device {arguments.device}"]
+                [f"python -m fastlongspeech.speed.{name} --device {arguments.device}"]
                 + ([f"--model {model}"] if model else [])
                 + ([f"--dtype {dtype}"] if dtype != default_dtype(arguments.device) else [])
                 + ([f"--seconds {' '.join(map(str, seconds))}"] if seconds else [])

@@ -1,6 +1,6 @@
 """What might speed up the encoder, each in an interleaved pair with the encoder as it is.
 
-    python -m fastlongspeech.benchmarks.trials --device cpu
+    python -m fastlongspeech.speed.trials --device cpu
 
 30 s windows, random weights. A trial pays if it takes 5 % off or more. The largest batch is what half of the free
 memory holds, at most 64 windows on a GPU and 16 on a CPU, where more take minutes. Those about the convolutions are
@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlongspeech import encoder_fastlongspeech
+from fastlongspeech.app.markdown import table
 from fastlongspeech.encoder_fastlongspeech import FastLongSpeechEncoder
-from fastlongspeech.markdown import table
 
 from .common import (
     MEL_FRAMES_PER_WINDOW,

@@ -9,9 +9,11 @@ from shlex import join
 from statistics import mean
 from textwrap import fill
 
-from ..cost import TEXT_TOKENS
-from ..markdown import insert_blocks, table
-from .paper import (
+from ...app.cost import TEXT_TOKENS
+from ...app.markdown import insert_blocks, table
+from ..scoring import mean_with_interval
+from .plots import DURATIONS, FIFTHS, binned, plot_lengths, plot_long
+from .recipe import (
     AT_LENGTHS,
     BASELINE,
     CASCADES,
@@ -34,15 +36,13 @@ from .paper import (
     Method,
     Recipe,
 )
-from .paper_plots import DURATIONS, FIFTHS, binned, plot_lengths, plot_long
-from .paper_results import DASH, METRICS, Results, Rows, cell, difference
-from .scoring import mean_with_interval
+from .results import DASH, METRICS, Results, Rows, cell, difference
 
 HEAD = """# The paper's tables, again
 
 ## What came out differently
 
-<!-- Written by hand, like all that stands outside the blocks between markers, which evaluation/paper.py writes. -->
+<!-- Written by hand, like all that stands outside the blocks between markers, which evaluation/paper writes. -->
 """
 PAPER = "paper: score, 1 to 5"
 # The paper's figures; its scores are those of a judge, 1 to 5.
@@ -95,7 +95,7 @@ def write_report(recipe: Recipe) -> None:
         "long": long_recordings(results),
     }
     text = recipe.page.read_text(encoding="utf-8") if recipe.page.exists() else HEAD
-    recipe.page.write_text(insert_blocks(text, blocks, str(recipe.page), "evaluation/paper.py"), encoding="utf-8")
+    recipe.page.write_text(insert_blocks(text, blocks, str(recipe.page), "evaluation/paper"), encoding="utf-8")
 
 
 def join_parts(parts: Iterable[str]) -> str:
@@ -264,7 +264,7 @@ def costs(results: Results, number_of_table: int, heading: str, paper: Costs, so
     said = [
         f"## Table {number_of_table}: {heading}",
         f"The paper's figures are those of {source}, at 7 B parameters and with logits at every position; ours are of "
-        "this model, with logits at the last. `python -m fastlongspeech.benchmarks.flops` counts the paper's.",
+        "this model, with logits at the last. `python -m fastlongspeech.speed.flops` counts the paper's.",
     ]
     for name in results.benchmarks(False):
         if number_of_table not in results.recipe.benchmarks[name].get("tables", []):

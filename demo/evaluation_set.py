@@ -1,6 +1,6 @@
 """Synthesises the demo-scale evaluation set, with the shape of LongSpeech-Eval, from sentences training never speaks.
 
-    python -m fastlongspeech.evaluation.demo_set work/demo-set
+    python -m fastlongspeech.demo.evaluation_set work/demo-set
 
 In `long/`, 164 recordings of a mean of 133 s, the longest of 1000 s; in `short/`, 200 clips under 30 s. In each,
 `qa.jsonl` has the questions about facts, three to five on a long recording, `voice.jsonl` the question whether a man
@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from ..demo.corpus import Split, record, write_jsonl, write_recordings
+from .corpus import Split, record, write_jsonl, write_recordings
 
 LONG, SHORT = 164, 200
 LONGEST, SHORTEST, SPREAD = 1000.0, 30.0, 0.987  # seconds; the spread gives the mean of 133 s

@@ -8,9 +8,9 @@ import psutil
 import pytest
 import torch
 
-from fastlongspeech.benchmarks import encoder, flops, frontend, fusion, prefill, recording, report, trials
-from fastlongspeech.benchmarks.common import Benchmark, PeakMemory, figure, keep_freed_memory, parse, ratio
-from fastlongspeech.markdown import table
+from fastlongspeech.app.markdown import table
+from fastlongspeech.speed import encoder, flops, frontend, fusion, prefill, recording, report, trials
+from fastlongspeech.speed.common import Benchmark, PeakMemory, figure, keep_freed_memory, parse, ratio
 
 QUICK = [fusion, encoder, prefill, frontend, recording, trials, flops]
 

@@ -1,6 +1,6 @@
 """The paper's costs beside those counted at the sizes of Qwen2-Audio-7B, without weights and within minutes.
 
-    python -m fastlongspeech.benchmarks.flops
+    python -m fastlongspeech.speed.flops
 
 The paper's reading that fits its figures for short clips: one prefill and no answer, every window encoded at its full
 30 s, logits of the vocabulary at every position, a CTC decoder of two matrices, asked anew in every round of the
@@ -20,8 +20,8 @@ import transformers
 from tqdm import tqdm
 
 from fastlongspeech import FastLongSpeechConfig
-from fastlongspeech.cost import QWEN2_AUDIO_7B, TEXT_TOKENS, ModelCost, mel_frames_of
-from fastlongspeech.markdown import table
+from fastlongspeech.app.cost import QWEN2_AUDIO_7B, TEXT_TOKENS, ModelCost, mel_frames_of
+from fastlongspeech.app.markdown import table
 
 from .common import FRAMES_PER_SECOND, RESULTS, TINY, number, parse
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         durations.append({"seconds": seconds, "totals": flops, "parts": parts, "answers": answers})
     results = {
         "benchmark": "flops",
-        "command": "python -m fastlongspeech.benchmarks.flops",
+        "command": "python -m fastlongspeech.speed.flops",
         "machine": {"torch": torch.__version__, "transformers": transformers.__version__},
         "papers": papers,
         "durations": durations,

@@ -1,6 +1,6 @@
 """From a file to the first token: seconds of each part, and memory beyond weights and waveform.
 
-    python -m fastlongspeech.benchmarks.recording --device cpu
+    python -m fastlongspeech.speed.recording --device cpu
 
 A FLAC file of noise, as long as an hour and as ten, goes through everything that `fastlongspeech ask` does. Every
 duration is run once, after a second to warm up; `--repeats` and `--limit` have no meaning here. The memory is that of
@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fastlongspeech import load_recording
-from fastlongspeech.markdown import table
+from fastlongspeech.app.markdown import table
 
 from .common import Benchmark, Goal, PeakMemory, growth, load_config, load_model, number, parse, tiny_processor
 from .frontend import write_noise

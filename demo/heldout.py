@@ -1,6 +1,6 @@
 """Prints the held-out figures of the demo model: CTC word errors, and exact answers beside two baselines.
 
-    python -m fastlongspeech.demo.evaluate checkpoints/fastlongspeech-demo work/corpus --output work/heldout.json
+    python -m fastlongspeech.demo.heldout checkpoints/fastlongspeech-demo work/corpus --output work/heldout.json
 
 Answers are greedy, from `generate` on the audio embeddings alone. "no audio" asks the same questions without the
 recording, "wrong recording" with the embeddings of the next recording of the split. An answer is right where it equals
@@ -18,7 +18,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from ..evaluation.answering import ask
+from ..evaluation.answering import answer_batch
 from ..evaluation.scoring import whisper_normalizer
 from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
 from ..processing_fastlongspeech import FastLongSpeechProcessor
@@ -65,9 +65,9 @@ class Evaluator:
         return recordings, jiwer.wer(references, transcripts)
 
     @torch.inference_mode()
-    def ask(self, questions: list[str], embeddings: torch.Tensor | None) -> list[str]:
+    def answers_to(self, questions: list[str], embeddings: torch.Tensor | None) -> list[str]:
         """Returns the answers to questions about one recording, given as embeddings (frames, hidden), or none."""
-        answers = ask(self.model, self.processor, questions, [embeddings] * len(questions), max_new_tokens=12)
+        answers = answer_batch(self.model, self.processor, questions, [embeddings] * len(questions), max_new_tokens=12)
         return [answer.text for answer in answers]
 
     def score(self, recordings: list[Recording], length: int | None, condition: str) -> tuple[dict, list[dict]]:
@@ -79,7 +79,7 @@ class Evaluator:
             if condition != "the recording":
                 heard = recordings[(index + 1) % len(recordings)] if condition == "wrong recording" else None
             questions = [question["question"] for question in recording.questions]
-            replies = self.ask(questions, None if heard is None else heard.embeddings[length])
+            replies = self.answers_to(questions, None if heard is None else heard.embeddings[length])
             for question, reply in zip(recording.questions, replies, strict=True):
                 exact = self.normalize(reply) == self.normalize(question["answer"])
                 right[question["kind"]].append(exact)

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..cli import TRANSCRIBE
-from ..train.data import check_rows, manifest_rows, open_folder, refuse
+from ..placeholders_fastlongspeech import TRANSCRIBE
+from .manifests import check_rows, manifest_rows, open_folder, refuse
 
 EMOTIONS = ["Anger", "Disgust", "Fear", "Joy", "Neutral", "Sadness", "Surprise"]
 EMOTION_QUESTION = f"Given the Choices: [{', '.join(EMOTIONS)}]. What is the emotion in the audio?"  # Appendix B.2
@@ -55,7 +55,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class QuestionSet:
     """The checked examples of a task.
 
     Attributes:
@@ -75,7 +75,7 @@ class Benchmark:
         return self.rows[example.row]["audio"]
 
 
-def load_benchmark(
+def load_questions(
     task: str,
     source: str | Path,
     subset: str | None = None,
@@ -83,7 +83,7 @@ def load_benchmark(
     limit: int | None = None,
     min_seconds: float = 0,
     max_seconds: float | None = None,
-) -> Benchmark:
+) -> QuestionSet:
     """Returns the examples of a task.
 
     Args:
@@ -141,7 +141,7 @@ def load_benchmark(
     fitting = [example for example in examples if min_seconds <= example.duration <= longest]
     if not fitting:
         raise ValueError(f"{source} has no recording of {min_seconds:g} to {longest:g} s; widen these bounds.")
-    return Benchmark(metric, fitting, checked.rows, len(examples) - len(fitting))
+    return QuestionSet(metric, fitting, checked.rows, len(examples) - len(fitting))
 
 
 def _raw_rows(path: str, split: str, subset: str | None, root: Path) -> Any:

@@ -24,12 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from .audio_fastlongspeech import FRAME_SECONDS, count_frames, load_recording
-from .compression_fastlongspeech import COMPRESSIONS, check_compression
-from .configuration_fastlongspeech import FastLongSpeechConfig
-from .encoder_fastlongspeech import FastLongSpeechEncoder
-from .fusion_fastlongspeech import content_density
-from .modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
+from ..audio_fastlongspeech import FRAME_SECONDS, count_frames, load_recording
+from ..compression_fastlongspeech import COMPRESSIONS, check_compression
+from ..configuration_fastlongspeech import FastLongSpeechConfig
+from ..encoder_fastlongspeech import FastLongSpeechEncoder
+from ..fusion_fastlongspeech import content_density
+from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
 
 # What Qwen2-Audio's chat template writes around a recording (27 tokens) and a question of a dozen words.
 TEXT_TOKENS = 40

@@ -1,0 +1,1 @@
+"""Manifests, rows and tasks: what training and evaluation both read."""

@@ -1,0 +1,5 @@
+"""`python -m fastlongspeech.evaluation.paper RECIPE`, see `run.py`."""
+
+from .run import main
+
+main()
