@@ -17,9 +17,10 @@ import torch
 from huggingface_hub import get_session
 from transformers.utils import logging
 
+from .windows_fastlongspeech import WINDOWS
+
 logger = logging.get_logger(__name__)
 
-FRAME_SECONDS = 0.04
 BLOCK = 2**22  # samples of a file decoded at a time
 PCM_DTYPES = ("uint8", "int16", "int32")
 STREAMED_BYTES = 0x7FFF0000  # what a WAV header names at least whose writer could not know the length
@@ -83,7 +84,7 @@ def load_recording(audio: Any, sampling_rate: float | None = None, target_rate: 
         raise ValueError(f"audio is empty: {name} holds no samples.")
     if not np.isfinite(samples).all():
         raise ValueError(f"audio must be finite, but {name} holds NaN or infinite samples.")
-    if len(samples) < FRAME_SECONDS * target_rate:
+    if len(samples) < WINDOWS.frame_seconds * target_rate:
         raise ValueError(
             f"audio must last at least one 40 ms frame, but {name} lasts {1000 * len(samples) / target_rate:.1f} ms."
         )
@@ -196,12 +197,6 @@ def _decode_with_ffmpeg(audio: Any, name: str, target_rate: int, error: Exceptio
         return _read(wav, target_rate)
 
 
-def count_frames(mel_frames: np.ndarray) -> np.ndarray:
-    """Returns the 25 Hz frames the audio tower makes of windows with so many valid mel frames (0 of 2 or fewer)."""
-    after_convolution = (mel_frames - 1) // 2 + 1
-    return (after_convolution - 2) // 2 + 1
-
-
 def list_recordings(audio: Any) -> list:
     """Returns the recordings in `audio`, one or a list of them, nested or not, as a flat list."""
     if isinstance(audio, Sequence) and not isinstance(audio, (str, bytes, bytearray, memoryview)):
@@ -211,4 +206,4 @@ def list_recordings(audio: Any) -> list:
     return [audio]
 
 
-__all__ = ["FRAME_SECONDS", "count_frames", "list_recordings", "load_recording", "refuse_cut_wav"]
+__all__ = ["list_recordings", "load_recording", "refuse_cut_wav"]

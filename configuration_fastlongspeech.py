@@ -36,12 +36,15 @@ class FastLongSpeechConfig(Qwen2AudioConfig):
     """Configuration of a FastLongSpeech model; a Qwen2-Audio configuration (object, dict or `config.json`) is enough.
 
     Args:
-        audio_config, text_config, audio_token_index: as in `Qwen2AudioConfig`.
+        audio_config, text_config, audio_token_index: as in `Qwen2AudioConfig`; the encoder may be Whisper's of any
+            size (80 or 128 mel bins), the language model any causal one of transformers.
+        tie_word_embeddings: whether the head is the token embeddings; absent: as `text_config` says.
         ctc_vocab_size: pieces the CTC decoder tells apart, without the blank, which is one more and comes last;
             0 means the language model's own vocabulary.
         ctc_projector: whether the CTC decoder has a projector of its own to the width of the language model;
             without, it reads the output of the multimodal projector.
-        content_density: `"ctc"` (Eq. 3, a trained CTC decoder) or `"uniform"` (every frame weighs 1).
+        ctc_trained: whether the CTC decoder is trained. As long as it is not, every frame weighs 1.
+        content_density: `"ctc"` (Eq. 3) or `"uniform"` (every frame weighs 1).
         compression: what shortens a recording when a call names nothing, see `compression_fastlongspeech.py`:
             `"iterative_fusion"`, a rival (`"random"`, `"average_pooling"`, `"most_similar"`, `"adjacent_merging"`), an
             ablation (`"single_step_fusion"`, `"uniform_density"`), or `"none"` to keep every frame.
@@ -58,8 +61,10 @@ class FastLongSpeechConfig(Qwen2AudioConfig):
 
     model_type = "fastlongspeech"
 
+    tie_word_embeddings: bool | None = None
     ctc_vocab_size: int = validated_field(_at_least(0), default=10_000)
     ctc_projector: bool = True
+    ctc_trained: bool = True
     content_density: str = validated_field(_one_of("ctc", "uniform"), default="ctc")
     compression: str = validated_field(check_compression, default="iterative_fusion")
     target_length: int = validated_field(_at_least(1), default=750)
@@ -73,6 +78,11 @@ class FastLongSpeechConfig(Qwen2AudioConfig):
         self.target_lengths = list(self.target_lengths)
         self.fusion_ladder = list(self.fusion_ladder)
         super().__post_init__(**kwargs)
+        # transformers ties by the outer configuration, and language models say it in their own.
+        text = self.get_text_config()
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = bool(getattr(text, "tie_word_embeddings", False))
+        text.tie_word_embeddings = self.tie_word_embeddings
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -84,6 +94,8 @@ class FastLongSpeechConfig(Qwen2AudioConfig):
             config_dict["ctc_projector"] = "projector" in config_dict.pop("ctc_decoder")
         if model_type in ("long_speech_qwen2audio", "qwen2_audio"):
             config_dict["model_type"] = cls.model_type
+        elif config_dict.get("content_density") == "uniform":  # said of untrained CTC decoders before ctc_trained was
+            config_dict.setdefault("ctc_trained", False)
         return config_dict, kwargs
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..audio_fastlongspeech import FRAME_SECONDS, count_frames
 from ..configuration_fastlongspeech import FastLongSpeechConfig
-from ..placeholders_fastlongspeech import TRANSCRIBE
+from ..prompts_fastlongspeech import TRANSCRIBE
+from ..windows_fastlongspeech import WINDOWS
 from .cost import QWEN2_AUDIO_7B, TEXT_TOKENS, ModelCost, recording_seconds
 from .defaults import MAX_NEW_TOKENS, QWEN2_AUDIO, find_model
 from .session import Session
@@ -50,7 +50,7 @@ def transcribe(session: Session, arguments: argparse.Namespace) -> dict[str, Any
         return {"text": text, "recordings": [facts]}
 
     # A rest shorter than a frame has nothing that could be transcribed.
-    starts = [start for start in range(0, len(samples), size) if len(samples) - start >= FRAME_SECONDS * rate]
+    starts = [start for start in range(0, len(samples), size) if len(samples) - start >= WINDOWS.frame_seconds * rate]
     prompts = [session.prepare(TRANSCRIBE, [samples[start : start + size]]) for start in starts]
     mask = torch.cat([prompt["feature_attention_mask"] for prompt in prompts])
     tokens = sum(int((prompt["input_ids"] == session.processor.audio_token_id).sum()) for prompt in prompts)
@@ -94,7 +94,7 @@ def cost(arguments: argparse.Namespace) -> int:
 def describe(session: Session, name: str, samples: Any, mask: torch.Tensor, tokens: int | None) -> dict[str, Any]:
     """Prints and returns what a recording is made into."""
     seconds = len(samples) / session.processor.feature_extractor.sampling_rate
-    frames = int(count_frames(mask.sum(dim=1).cpu().numpy()).sum())
+    frames = int(WINDOWS.count_frames(mask.sum(dim=1).cpu().numpy()).sum())
     print(describe_recording(name, seconds, len(mask), frames, tokens), file=sys.stderr)
     facts = {"path": name, "seconds": seconds, "windows": len(mask), "frames": frames}
     return facts if tokens is None else {**facts, "tokens": tokens}

@@ -11,7 +11,7 @@ alone, which consists of them.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
-from transformers.modeling_outputs import BaseModelOutput
 
-from ..audio_fastlongspeech import FRAME_SECONDS, count_frames, load_recording
+from ..audio_fastlongspeech import load_recording
 from ..compression_fastlongspeech import COMPRESSIONS, check_compression
 from ..configuration_fastlongspeech import FastLongSpeechConfig
-from ..encoder_fastlongspeech import FastLongSpeechEncoder
-from ..fusion_fastlongspeech import content_density
+from ..fusion_fastlongspeech import FusionSettings, content_density
 from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
+from ..windows_fastlongspeech import WINDOWS
 
 # What Qwen2-Audio's chat template writes around a recording (27 tokens) and a question of a dozen words.
 TEXT_TOKENS = 40
-SAMPLING_RATE = 16_000
-WINDOW_MEL_FRAMES = 3000
-HOP_SAMPLES = 160
 
 # The sizes in config.json of Qwen/Qwen2-Audio-7B-Instruct, on which the paper's models are built; the CTC decoder has
 # the 10,000 pieces and the projector of the paper's release, which are the defaults.
@@ -142,10 +138,10 @@ class ModelCost:
         Raises:
             ValueError: `seconds` or `target_length` is too small, or the compression is unknown.
         """
-        if not FRAME_SECONDS <= seconds < float("inf"):
+        if not WINDOWS.frame_seconds <= seconds < float("inf"):
             raise ValueError(f"seconds must be a number of at least one 40 ms frame, got {seconds:g}.")
         mel_frames = mel_frames_of(seconds)
-        frames = int(count_frames(mel_frames).sum())
+        frames = int(WINDOWS.count_frames(mel_frames).sum())
         target_length = self.config.target_length if target_length is None else target_length
         compression = self.config.compression if compression is None else compression
         check_compression(compression)
@@ -163,12 +159,12 @@ class ModelCost:
 
     def encoder(self, mel_frames: np.ndarray) -> int:
         """Returns the operations of encoding windows of so many mel frames each, in the model's batches."""
-        batches = _Batches.of(self.config, mel_frames)
-        return sum(len(batch) * self.window(int(batch.max())) for batch in batches)
+        batches = WINDOWS.batches(mel_frames, self.config.windows_per_batch, on_cpu=False)
+        return sum(len(batch) * self.window(int(mel_frames[batch].max())) for batch in batches)
 
     def window(self, mel_frames: int) -> int:
         """Returns the operations of encoding one window with so many mel frames of audio, 3 or more."""
-        features = self._empty(1, self._audio.num_mel_bins, WINDOW_MEL_FRAMES)
+        features = self._empty(1, self._audio.num_mel_bins, WINDOWS.mel_frames_per_window)
         tower = self.model.model.audio_tower
         return self._count_once(("window", mel_frames), lambda: tower(features, torch.tensor([mel_frames])))
 
@@ -203,9 +199,7 @@ class ModelCost:
                 self._empty(1, frames, self._audio.d_model),
                 torch.tensor([frames]),
                 self.config.target_length if target_length is None else target_length,
-                density,
-                self.config.fusion_schedule,
-                self.config.fusion_ladder,
+                FusionSettings(density, self.config.fusion_schedule, self.config.fusion_ladder),
             )
 
         ctc_decoder = self._count(compress)
@@ -263,35 +257,9 @@ class ModelCost:
         return counter.get_total_flops()
 
 
-class _Batches(FastLongSpeechEncoder):
-    """The encoder's own sharing out of windows to batches, without the encoding."""
-
-    batches: list[Tensor]
-
-    @classmethod
-    def of(cls, config: FastLongSpeechConfig, mel_frames: np.ndarray) -> list[Tensor]:
-        """Returns the mel frames of the windows in every batch."""
-        audio_config = copy.deepcopy(config.audio_config)
-        audio_config.encoder_layers = 0  # type: ignore[union-attr]
-        with torch.device("meta"):
-            encoder = cls._from_config(audio_config)
-        encoder.batches = []
-        mask = torch.arange(WINDOW_MEL_FRAMES) < torch.from_numpy(mel_frames)[:, None]
-        encoder.encode_recordings(torch.empty(len(mel_frames), 0), mask, None, config.windows_per_batch)
-        return encoder.batches
-
-    def forward(self, input_features: Tensor, mel_frames: Tensor) -> BaseModelOutput:
-        self.batches.append(mel_frames)
-        frames = int(count_frames(mel_frames.max().numpy()))
-        return BaseModelOutput(last_hidden_state=torch.empty(len(mel_frames), frames, 1))
-
-
 def mel_frames_of(seconds: float) -> np.ndarray:
     """Returns the mel frames of every 30 s window of a recording, `(W,)` int64."""
-    samples = round(seconds * SAMPLING_RATE)
-    window = WINDOW_MEL_FRAMES * HOP_SAMPLES
-    left = [min(window, samples - start) for start in range(0, samples, window)]
-    return np.array([ceil(length / HOP_SAMPLES) for length in left], dtype=np.int64)
+    return WINDOWS.mel_frames(round(seconds * WINDOWS.sampling_rate))
 
 
 def recording_seconds(recording: str) -> float:
@@ -308,7 +276,7 @@ def recording_seconds(recording: str) -> float:
         else:
             if 0 < info.frames < 2**62:  # the header of a FLAC that was written to a pipe says 2**63 - 1
                 return info.frames / info.samplerate
-    return len(load_recording(recording)) / SAMPLING_RATE
+    return len(load_recording(recording)) / WINDOWS.sampling_rate
 
 
 __all__ = ["QWEN2_AUDIO_7B", "TEXT_TOKENS", "Cost", "ModelCost", "mel_frames_of", "recording_seconds"]

@@ -25,8 +25,8 @@ import soundfile
 from torch.utils.data import Dataset
 
 from ..audio_fastlongspeech import refuse_cut_wav
+from ..windows_fastlongspeech import WINDOWS
 
-FRAME_SECONDS = 0.04
 FAULTS_SHOWN = 10
 
 
@@ -214,6 +214,6 @@ def _check_row(row: Any, columns: Sequence[str]) -> float | str | None:
     if info.frames >= 2**62:  # what libsndfile says of a FLAC that was written to a pipe
         return "has a recording whose header does not say how long it is; convert it to wav"
     duration = info.frames / info.samplerate
-    if duration < FRAME_SECONDS:
-        return f"has a recording of {duration:.3f} s; it must last at least {FRAME_SECONDS} s"
+    if duration < WINDOWS.frame_seconds:
+        return f"has a recording of {duration:.3f} s; it must last at least {WINDOWS.frame_seconds} s"
     return duration

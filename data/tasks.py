@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..placeholders_fastlongspeech import TRANSCRIBE
+from ..prompts_fastlongspeech import TRANSCRIBE
 from .manifests import check_rows, manifest_rows, open_folder, refuse
 
 EMOTIONS = ["Anger", "Disgust", "Fear", "Joy", "Neutral", "Sadness", "Surprise"]

@@ -54,14 +54,16 @@ class Evaluator:
         recordings, references, transcripts = [], [], []
         for row in tqdm(rows, desc=f"{folder.name}: listening"):
             inputs = self.processor(audio=folder / row["audio"]).to(self.model.device)
-            encoded = self.model.model.encode_recordings(**inputs)
+            encoded = self.model.encode(**inputs)
             embeddings = {
-                length: self.model.model.compress(encoded, length, "none" if length is None else None).pooler_output
+                length: self.model.compress(encoded, length, "none" if length is None else None).pooler_output
                 for length in lengths
             }
             recordings.append(Recording(row["questions"], embeddings))
             references.append(self.normalize(row["text"]))
-            transcripts.append(self.normalize(self.processor.ctc_decode(self.model.ctc_transcribe(**inputs))[0]))
+            transcripts.append(
+                self.normalize(self.processor.ctc_decode(self.model.ctc_transcribe(recordings=encoded))[0])
+            )
         return recordings, jiwer.wer(references, transcripts)
 
     @torch.inference_mode()

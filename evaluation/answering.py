@@ -1,7 +1,7 @@
 """How a question about a recording is answered: by the frames of the recording, or by its transcript.
 
 Follow one batch: recordings -> frames -> embeddings, of each recording once -> prompts with as many placeholders, each
-recording read once for all its questions -> greedy answers. A batch answers as its questions would one by one.
+recording read once for all its questions -> greedy answers. Questions get the same answers in a batch and one by one.
 """
 
 import re
@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..compression_fastlongspeech import COMPRESSIONS
-from ..encoder_fastlongspeech import EncodedRecordings
-from ..placeholders_fastlongspeech import TRANSCRIBE, insert_audio
+from ..extractor_fastlongspeech import FastLongSpeechAudioOutput
+from ..prompts_fastlongspeech import TRANSCRIBE, embed_prompts
+from ..recordings_fastlongspeech import EncodedRecordings
 
 METHODS = {
     "ntk_rope": "every frame, positions stretched to the language model's context; fused where even that is too short",
@@ -57,33 +58,34 @@ def answer_batch(
         heard: what each question is about: the embeddings of a recording, `(frames, hidden)`, or None for nothing.
         max_new_tokens: of every answer.
     """
-    token = processor.audio_token
-    prompts = []
-    for question, embeddings in zip(questions, heard, strict=True):
-        prompt = make_prompt(processor, question, embeddings is not None)
-        prompts.append(prompt if embeddings is None else prompt.replace(token, token * len(embeddings)))
+    asked = zip(questions, heard, strict=True)
+    prompts = [make_prompt(processor, question, audio=about is not None) for question, about in asked]
     rows = processor.tokenizer(prompts).input_ids
     pairs = zip(heard, rows, strict=True)
     groups = [list(neighbours) for _, neighbours in groupby(pairs, key=lambda pair: id(pair[0]))]
-    # At least the last token is left to each question.
+    # At least the last token is left to each question: the language model must see one to give logits.
     openings = [commonprefix([row[:-1] for _, row in group]) for group in groups]
-    opening_of = torch.tensor([number for number, group in enumerate(groups) for _ in group])
+    group_of = torch.tensor([number for number, group in enumerate(groups) for _ in group], device=model.device)
     ids, mask = _left_padded(openings, model.device)
-    embeds = model.get_input_embeddings()(ids)
-    audio = [embeddings for (embeddings, _), *_ in groups if embeddings is not None]
+    embed = model.get_input_embeddings()
+    audio = [about for (about, _), *_ in groups if about is not None]
     if audio:
-        embeds = insert_audio(embeds, (ids == processor.audio_token_id) & mask.bool(), torch.cat(audio))
-    cache = model.model.language_model(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True
+        lengths = torch.tensor([len(embeddings) for embeddings in audio])
+        output = FastLongSpeechAudioOutput(pooler_output=torch.cat(audio), audio_lengths=lengths)
+        ids, mask, embeds = embed_prompts(embed, processor.audio_token_id, ids, mask, output)
+    else:
+        embeds = embed(ids)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = model(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
     ).past_key_values
-    opening_of = opening_of.to(model.device)
-    cache.batch_select_indices(opening_of)
+    cache.batch_select_indices(group_of)  # a copy of its recording's keys and values for every question
 
     rests = [row[len(opening) :] for opening, group in zip(openings, groups, strict=True) for _, row in group]
     rest_ids, rest_mask = _left_padded(rests, model.device)
     ids = model.generate(
-        inputs_embeds=torch.cat((embeds[opening_of], model.get_input_embeddings()(rest_ids)), dim=1),
-        attention_mask=torch.cat((mask[opening_of], rest_mask), dim=1),
+        inputs_embeds=torch.cat((embeds[group_of], embed(rest_ids)), dim=1),
+        attention_mask=torch.cat((mask[group_of], rest_mask), dim=1),
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -200,13 +202,13 @@ class Answerer:
 
     def _hear(self, recordings: dict[str, Any]) -> list[Any]:
         """Returns the embeddings of recordings by their names, or their transcripts."""
-        if self.method in ("ctc", "ctc_cascade"):
-            inputs = self.processor(audio=list(recordings.values())).to(self.model.device)
-            return [Answer(text, True) for text in self.processor.ctc_decode(self.model.ctc_transcribe(**inputs))]
         encoded = self._encode(recordings)
+        if self.method in ("ctc", "ctc_cascade"):
+            pieces = self.model.ctc_transcribe(recordings=EncodedRecordings.cat(encoded))
+            return [Answer(text, True) for text in self.processor.ctc_decode(pieces)]
         if self.method == "cascade":
             return [self._transcribe(recording) for recording in encoded]
-        return self._compress(encoded)
+        return self._compress(EncodedRecordings.cat(encoded))
 
     def _encode(self, recordings: dict[str, Any]) -> list[EncodedRecordings]:
         """Returns the frames of recordings, one of them each."""
@@ -214,32 +216,21 @@ class Answerer:
         new = {name: recording for name, recording in recordings.items() if name not in frames}
         if new:
             inputs = self.processor(audio=list(new.values())).to(self.model.device)
-            encoded = self.model.model.encode_recordings(**inputs)
-            encoded = encoded._replace(frames=encoded.frames.cpu())
-            frames |= dict(zip(new, _split(encoded, encoded.lengths), strict=True))
+            encoded = self.model.encode(**inputs).to("cpu")
+            frames |= {name: encoded[number] for number, name in enumerate(new)}
         return [frames[name] for name in recordings]
 
-    def _compress(self, encoded: Sequence[EncodedRecordings]) -> list[Tensor]:
+    def _compress(self, encoded: EncodedRecordings) -> list[Tensor]:
         """Returns the embeddings of recordings, one of them each."""
-        together = EncodedRecordings(*map(torch.cat, zip(*encoded, strict=True)))
-        together = together._replace(frames=together.frames.to(self.model.device))
-        features = self.model.model.compress(together, self.target_length, self.compression)
+        features = self.model.compress(encoded, self.target_length, self.compression)
         return list(features.pooler_output.split(features.audio_lengths.tolist()))
 
     def _transcribe(self, encoded: EncodedRecordings) -> Answer:
         """Returns what the language model writes down of a recording, window by window, with every frame."""
-        window_of = encoded.mel_starts // self.processor.feature_extractor.nb_max_frames
-        windows = _split(encoded, window_of.bincount())
+        windows = encoded.pieces(self.processor.feature_extractor.chunk_length)
         written: list[Answer] = []
         size = self.model.config.windows_per_batch
         for first in range(0, len(windows), size):
             heard = self._compress(windows[first : first + size])
             written += answer_batch(self.model, self.processor, [TRANSCRIBE] * len(heard), heard, TRANSCRIPT_TOKENS)
         return Answer(" ".join(text.strip() for text, _ in written), all(ended for _, ended in written))
-
-
-def _split(encoded: EncodedRecordings, lengths: Tensor) -> list[EncodedRecordings]:
-    """Returns the parts of so many frames, each as a recording of its own."""
-    sizes = lengths.tolist()
-    parts = zip(encoded.frames.split(sizes), encoded.mel_starts.split(sizes), lengths.split(1), strict=True)
-    return [EncodedRecordings(*part) for part in parts]

@@ -26,9 +26,9 @@ from ..app.session import find_device
 from ..compression_fastlongspeech import COMPRESSIONS
 from ..configuration_fastlongspeech import FastLongSpeechConfig
 from ..data.tasks import TASKS, Example, QuestionSet, load_questions
-from ..encoder_fastlongspeech import EncodedRecordings
 from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
 from ..processing_fastlongspeech import FastLongSpeechProcessor
+from ..recordings_fastlongspeech import EncodedRecordings
 from .answering import METHODS, Answerer
 from .chat import Chat
 from .journal import Journal

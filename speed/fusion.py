@@ -31,8 +31,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastlongspeech import FastLongSpeechConfig, fusion_fastlongspeech
 from fastlongspeech.app.markdown import table
-from fastlongspeech.encoder_fastlongspeech import FastLongSpeechCTCDecoder, FastLongSpeechEncoder
-from fastlongspeech.fusion_fastlongspeech import content_density, iterative_fusion
+from fastlongspeech.ctc_fastlongspeech import FastLongSpeechCTCDecoder
+from fastlongspeech.encoder_fastlongspeech import FastLongSpeechEncoder
+from fastlongspeech.fusion_fastlongspeech import FusionSettings, content_density, iterative_fusion
 
 from .common import Benchmark, Goal, figure, free_bytes, load_config, number, parse, ratio
 
@@ -161,7 +162,7 @@ def alike(shape: tuple[int, int, int], device: str) -> Tensor:
 def fuse(frames: Tensor, density: Densities) -> Any:
     """Returns what the model makes of a batch of recordings without padding."""
     lengths = torch.full((len(frames),), frames.shape[1])
-    return iterative_fusion(frames, lengths, TARGET_LENGTH, density.ours)
+    return iterative_fusion(frames, lengths, TARGET_LENGTH, FusionSettings(density.ours))
 
 
 def fuse_weighing_all(frames: Tensor, density: Densities) -> Any:

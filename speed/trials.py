@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -27,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlongspeech import encoder_fastlongspeech
+from fastlongspeech import windows_fastlongspeech
 from fastlongspeech.app.markdown import table
 from fastlongspeech.encoder_fastlongspeech import FastLongSpeechEncoder
+from fastlongspeech.extractor_fastlongspeech import SpeechExtractor
 
 from .common import (
     MEL_FRAMES_PER_WINDOW,
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = load_config(arguments.model)
     usual = config.windows_per_batch
     if device == "cpu":
-        usual = encoder_fastlongspeech.CPU_MEL_FRAMES // MEL_FRAMES_PER_WINDOW
+        usual = windows_fastlongspeech.CPU_MEL_FRAMES // MEL_FRAMES_PER_WINDOW
     torch.manual_seed(0)
     with torch.device(device):
         encoder = FastLongSpeechEncoder._from_config(config.audio_config, dtype=arguments.dtype).eval()
@@ -71,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         windows = windows_of(30 * count, encoder.config.num_mel_bins, device, arguments.dtype)
 
         def call() -> None:
-            with patch.object(encoder_fastlongspeech, "CPU_MEL_FRAMES", batch * MEL_FRAMES_PER_WINDOW):
-                encoder.encode_recordings(**windows, windows_per_batch=batch)
+            with patch.object(windows_fastlongspeech, "CPU_MEL_FRAMES", batch * MEL_FRAMES_PER_WINDOW):
+                encode_with(encoder, batch, **windows)
 
         return call
 
@@ -142,6 +144,21 @@ def channels_last(features: Tensor, first: torch.nn.Conv1d, last: torch.nn.Conv1
     return hidden[:, :, 0]
 
 
+class EncoderAlone(SpeechExtractor):
+    """An encoder without a model around it."""
+
+    def __init__(self, encoder: Any, windows_per_batch: int) -> None:
+        self.audio_tower, self.config = encoder, SimpleNamespace(windows_per_batch=windows_per_batch)
+
+    def encode_windows(self, input_features: Tensor, mel_frames: Tensor) -> Tensor:
+        return self.audio_tower(input_features, mel_frames).last_hidden_state
+
+
+def encode_with(encoder: Any, windows_per_batch: int, *inputs: Tensor, **named: Tensor) -> None:
+    """Encodes recordings, so many windows at a time; the arguments are those of `SpeechExtractor.encode`."""
+    EncoderAlone(encoder, windows_per_batch).encode(*inputs, **named)
+
+
 def front_end_pair(encoder: Any, path: Path, size: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Returns two ways to encode a file, `size` windows at a time: the next are read meanwhile, and in turn."""
     processor = tiny_processor(encoder.config.num_mel_bins)
@@ -154,7 +171,7 @@ def front_end_pair(encoder: Any, path: Path, size: int) -> tuple[Callable[[], An
 
     def encode(inputs: Any) -> None:
         inputs = inputs.to(encoder.device)
-        encoder.encode_recordings(inputs["input_features"], inputs["feature_attention_mask"], None, size)
+        encode_with(encoder, size, inputs["input_features"], inputs["feature_attention_mask"])
 
     def in_turn() -> None:
         for start in starts:
@@ -175,7 +192,7 @@ def transfer_pair(encoder: Any, device: str, size: int) -> tuple[Callable[[], An
 
     def in_turn() -> None:
         for _ in range(4):
-            encoder.encode_recordings(features.to(device), mask, None, size)
+            encode_with(encoder, size, features.to(device), mask)
 
     def copy_next() -> Tensor:
         with torch.cuda.stream(stream):
@@ -189,7 +206,7 @@ def transfer_pair(encoder: Any, device: str, size: int) -> tuple[Callable[[], An
             here.record_stream(torch.cuda.current_stream(device))
             if following:
                 coming = copy_next()
-            encoder.encode_recordings(here, mask, None, size)
+            encode_with(encoder, size, here, mask)
 
     return meanwhile, in_turn
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGeneration
 from fastlongspeech.compression_fastlongspeech import COMPRESSIONS
-from fastlongspeech.fusion_fastlongspeech import FusedFrames, content_density
+from fastlongspeech.fusion_fastlongspeech import FusedFrames, FusionSettings, content_density
 
 Density = Callable[[Tensor], Tensor]
 Spans = list[tuple[int, int]]
@@ -111,7 +111,7 @@ def test_equals_a_loop_over_frames(
     density_fn = random_density(dim)
     frames = torch.randn(len(lengths), max(lengths), dim).to(dtype)
     given = density_fn if name == "single_step_fusion" else no_density
-    fused = COMPRESSIONS[name](frames, torch.tensor(lengths), target_length, given)
+    fused = COMPRESSIONS[name](frames, torch.tensor(lengths), target_length, FusionSettings(given))
     assert fused.frames.dtype == dtype
     assert fused.lengths.tolist() == [min(n, target_length) for n in lengths]
     for row, n in enumerate(lengths):
@@ -131,7 +131,7 @@ def test_meets_every_length_with_spans_in_order_that_cover_the_recording(name: s
     torch.manual_seed(0)
     frames, density_fn = torch.randn(1, 61, 4), random_density(4)
     for target_length in range(1, 63):
-        fused = COMPRESSIONS[name](frames, torch.tensor([61]), target_length, density_fn)
+        fused = COMPRESSIONS[name](frames, torch.tensor([61]), target_length, FusionSettings(density_fn))
         kept = min(61, target_length)
         assert fused.frames.shape == (1, kept, 4) and fused.lengths.tolist() == [kept]
         within = [t for start, end in spans_of(fused, 0) for t in range(start, end)]
@@ -150,9 +150,10 @@ def test_a_recording_gets_in_a_batch_what_it_gets_alone(name: str) -> None:
     for row, n in enumerate(lengths.tolist()):
         frames[row, n:] = torch.nan  # what lies in the padding is nobody's business
     targets = torch.tensor([7, 31, 31, 31, 63])
-    batch = COMPRESSIONS[name](frames, lengths, targets, density_fn)
+    batch = COMPRESSIONS[name](frames, lengths, targets, FusionSettings(density_fn))
     for row, n in enumerate(lengths.tolist()):
-        alone = COMPRESSIONS[name](frames[row : row + 1, :n], lengths[row : row + 1], int(targets[row]), density_fn)
+        one = frames[row : row + 1, :n], lengths[row : row + 1], int(targets[row])
+        alone = COMPRESSIONS[name](*one, FusionSettings(density_fn))
         assert spans_of(batch, row) == spans_of(alone, 0)
         torch.testing.assert_close(batch.frames[row, : alone.frames.shape[1]], alone.frames[0], rtol=0, atol=1e-6)
         assert not batch.frames[row, alone.frames.shape[1] :].any()
@@ -161,7 +162,7 @@ def test_a_recording_gets_in_a_batch_what_it_gets_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMPRESSIONS)
 def test_a_recording_without_frames_is_left_alone_beside_another(name: str) -> None:
-    fused = COMPRESSIONS[name](torch.randn(2, 9, 4), torch.tensor([0, 9]), 3, random_density(4))
+    fused = COMPRESSIONS[name](torch.randn(2, 9, 4), torch.tensor([0, 9]), 3, FusionSettings(random_density(4)))
     assert fused.lengths.tolist() == [0, 3]
     assert not fused.frames[0].any() and not fused.spans[0].any()
 
@@ -169,10 +170,10 @@ def test_a_recording_without_frames_is_left_alone_beside_another(name: str) -> N
 @pytest.mark.parametrize("name", COMPRESSIONS)
 def test_sums_do_not_overflow_half_precision_and_gradients_reach_the_frames(name: str) -> None:
     frames = torch.full((1, 400, 4), 60000.0, dtype=torch.float16)
-    fused = COMPRESSIONS[name](frames, torch.tensor([400]), 1, lambda h: torch.ones(h.shape[:-1]))
+    fused = COMPRESSIONS[name](frames, torch.tensor([400]), 1, FusionSettings(lambda h: torch.ones(h.shape[:-1])))
     assert torch.equal(fused.frames, frames[:, :1])
     frames = torch.randn(1, 30, 4, requires_grad=True)
-    fused = COMPRESSIONS[name](frames, torch.tensor([30]), 7, random_density(4))
+    fused = COMPRESSIONS[name](frames, torch.tensor([30]), 7, FusionSettings(random_density(4)))
     fused.frames.sum().backward()
     assert frames.grad is not None
     torch.testing.assert_close(frames.grad.sum(1), torch.full((1, 4), 7.0), rtol=1e-4, atol=1e-4)  # of means
@@ -181,24 +182,24 @@ def test_sums_do_not_overflow_half_precision_and_gradients_reach_the_frames(name
 @pytest.mark.parametrize("name", COMPRESSIONS)
 def test_refuses_lengths_below_one(name: str) -> None:
     with pytest.raises(ValueError, match="target_length must be a positive integer, got 0"):
-        COMPRESSIONS[name](torch.randn(1, 9, 4), torch.tensor([9]), 0, random_density(4))
+        COMPRESSIONS[name](torch.randn(1, 9, 4), torch.tensor([9]), 0, FusionSettings(random_density(4)))
 
 
 def test_random_neither_reads_nor_advances_a_generator_and_keeps_frames_from_everywhere() -> None:
     frames = torch.randn(1, 4000, 2)
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = COMPRESSIONS["random"](frames, torch.tensor([4000]), 1000, no_density)
+    first = COMPRESSIONS["random"](frames, torch.tensor([4000]), 1000, FusionSettings(no_density))
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    again = COMPRESSIONS["random"](frames, torch.tensor([4000]), 1000, no_density)
+    again = COMPRESSIONS["random"](frames, torch.tensor([4000]), 1000, FusionSettings(no_density))
     assert torch.equal(first.spans, again.spans)
     starts = first.spans[0, :, 0]
     for quarter in range(4):
         assert 200 < int(((starts >= 1000 * quarter) & (starts < 1000 * (quarter + 1))).sum()) < 300
-    other = COMPRESSIONS["random"](frames[:, :3999], torch.tensor([3999]), 1000, no_density)
+    other = COMPRESSIONS["random"](frames[:, :3999], torch.tensor([3999]), 1000, FusionSettings(no_density))
     assert 150 < len(set(starts.tolist()) & set(other.spans[0, :, 0].tolist())) < 350  # by chance, 250
-    fewer = COMPRESSIONS["random"](frames, torch.tensor([4000]), 10, no_density)
+    fewer = COMPRESSIONS["random"](frames, torch.tensor([4000]), 10, FusionSettings(no_density))
     assert set(fewer.spans[0, :, 0].tolist()) < set(starts.tolist())
 
 

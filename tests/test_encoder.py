@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2AudioForConditionalGeneration
 
-from fastlongspeech import FastLongSpeechForConditionalGeneration, encoder_fastlongspeech
+from fastlongspeech import FastLongSpeechForConditionalGeneration, ctc_fastlongspeech, windows_fastlongspeech
 
 Model = FastLongSpeechForConditionalGeneration
 Inputs = dict[str, Tensor]
@@ -40,17 +40,17 @@ def test_windows_of_any_length_are_encoded_as_the_stock_encoder_does(
     mel_frames: int,
 ) -> None:
     """Odd lengths, a full window, and partial windows that are not the last of their recording."""
-    monkeypatch.setattr(encoder_fastlongspeech, "CPU_MEL_FRAMES", mel_frames)
+    monkeypatch.setattr(windows_fastlongspeech, "CPU_MEL_FRAMES", mel_frames)
     model.model.audio_tower.load_state_dict(stock.model.audio_tower.state_dict())
     model.config.windows_per_batch = windows_per_batch
     audio = make_audio([5], [503, 1001], [3000, 4, 7], [2999], [3], [2998, 258])
     with torch.no_grad():
-        frames, _, lengths = model.model.encode_recordings(**audio)
+        recordings = model.encode(**audio)
         expected = stock_frames(stock, audio)
     counts = [len(window) for window in expected]
     assert counts == [1, 126, 250, 750, 1, 2, 750, 1, 749, 64]
-    assert lengths.tolist() == [1, 376, 753, 750, 1, 813]
-    torch.testing.assert_close(frames, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    assert recordings.lengths.tolist() == [1, 376, 753, 750, 1, 813]
+    torch.testing.assert_close(recordings.frames, torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
@@ -84,6 +84,6 @@ def test_the_density_is_the_same_by_one_matrix_a_few_frames_at_a_time(
     for _ in range(2):
         hidden = model.model.audio_tower.layer_norm(frames)
         exact = 1 - model.model.ctc_decoder(hidden).double().softmax(-1)[..., -1]
-        torch.testing.assert_close(model.model._density(frames).double(), exact, rtol=1e-5, atol=1e-6)
-        monkeypatch.setitem(encoder_fastlongspeech.CHUNK_LOGITS, "cpu", 100)
+        torch.testing.assert_close(model.density(frames).double(), exact, rtol=1e-5, atol=1e-6)
+        monkeypatch.setitem(ctc_fastlongspeech.CHUNK_LOGITS, "cpu", 100)
         torch.nn.init.normal_(model.model.ctc_decoder.projector.weight)

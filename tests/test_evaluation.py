@@ -21,7 +21,7 @@ from fastlongspeech.evaluation.answering import TRANSCRIPT_TOKENS, Answer, Answe
 from fastlongspeech.evaluation.journal import read_journal
 from fastlongspeech.evaluation.run import make_batches
 from fastlongspeech.evaluation.scoring import whisper_normalizer
-from fastlongspeech.placeholders_fastlongspeech import TRANSCRIBE
+from fastlongspeech.prompts_fastlongspeech import TRANSCRIBE
 
 RATE = 16000
 
@@ -210,10 +210,10 @@ def test_answers_are_those_of_generate(checkpoint, model, clips, processor):
 
 def test_a_recording_is_heard_once_for_all_its_questions(model, clips, processor, monkeypatch):
     heard = []
-    inner = model.model.encode_recordings
+    inner = model.encode
     monkeypatch.setattr(
-        model.model,
-        "encode_recordings",
+        model,
+        "encode",
         lambda **inputs: heard.append(inputs["windows_per_audio"].tolist()) or inner(**inputs),
     )
     answerer = Answerer(model, processor, "none", None, max_new_tokens=2)
@@ -228,7 +228,7 @@ def test_kept_frames_serve_other_methods(model, clips, processor, monkeypatch):
     frames = {}
     Answerer(model, processor, "none", None, 4, frames=frames).answer(*asked)
     assert frames.keys() == {"0", "1"}
-    monkeypatch.setattr(model.model, "encode_recordings", None)
+    monkeypatch.setattr(model, "encode", None)
     kept = [Answerer(model, processor, method, 9, 4, frames=frames).answer(*asked) for method in ("random", "cascade")]
     assert kept == anew
 

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlongspeech.fusion_fastlongspeech import FusedFrames, content_density, iterative_fusion, next_lengths
+from fastlongspeech.fusion_fastlongspeech import (
+    FusedFrames,
+    FusionSettings,
+    content_density,
+    iterative_fusion,
+    next_lengths,
+)
 
 LADDER = (400, 200, 100, 50, 25, 12)
 Density = Callable[[Tensor], Tensor]
@@ -75,7 +81,9 @@ def test_equals_the_book(schedule: str, lengths: list[int], target_length: int, 
     torch.manual_seed(0)
     density_fn = random_density(dim)
     frames = torch.randn(len(lengths), max(lengths), dim).to(dtype)
-    fused = iterative_fusion(frames, torch.tensor(lengths), target_length, density_fn, schedule, LADDER)
+    fused = iterative_fusion(
+        frames, torch.tensor(lengths), target_length, FusionSettings(density_fn, schedule, LADDER)
+    )
     assert fused.frames.dtype == dtype
     assert fused.lengths.tolist() == [min(n, target_length) for n in lengths]
     for row, n in enumerate(lengths):
@@ -90,7 +98,7 @@ def test_equals_the_book(schedule: str, lengths: list[int], target_length: int, 
 def test_meets_any_length_with_spans_that_cover_the_recording(schedule: str, target_length: int) -> None:
     torch.manual_seed(0)
     fused = iterative_fusion(
-        torch.randn(1, 120, 4), torch.tensor([120]), target_length, random_density(4), schedule, LADDER
+        torch.randn(1, 120, 4), torch.tensor([120]), target_length, FusionSettings(random_density(4), schedule, LADDER)
     )
     assert fused.frames.shape == (1, min(120, target_length), 4)
     assert [t for span in members_of(fused, 0) for t in span] == list(range(120))
@@ -124,7 +132,7 @@ def test_a_cpu_weighs_every_frame_once() -> None:
         asked.append(frames.flatten(0, 1))
         return uniform(frames)
 
-    iterative_fusion(torch.randn(2, 300, 4), torch.tensor([300, 190]), 20, density)
+    iterative_fusion(torch.randn(2, 300, 4), torch.tensor([300, 190]), 20, FusionSettings(density))
     assert [len(frames) for frames in asked[:1]] == [490] and len(asked) == 4
     weighed = torch.cat(asked)
     assert len(weighed.unique(dim=0)) == len(weighed)
@@ -137,9 +145,10 @@ def test_a_recording_is_fused_in_a_batch_as_alone() -> None:
     for row, n in enumerate(lengths.tolist()):
         frames[row, n:] = torch.nan  # what lies in the padding is nobody's business
     targets = torch.tensor([7, 31, 31, 31, 63])
-    batch = iterative_fusion(frames, lengths, targets, density_fn)
+    batch = iterative_fusion(frames, lengths, targets, FusionSettings(density_fn))
     for row, n in enumerate(lengths.tolist()):
-        alone = iterative_fusion(frames[row : row + 1, :n], lengths[row : row + 1], int(targets[row]), density_fn)
+        one = frames[row : row + 1, :n], lengths[row : row + 1], int(targets[row])
+        alone = iterative_fusion(*one, FusionSettings(density_fn))
         assert members_of(batch, row) == members_of(alone, 0)
         torch.testing.assert_close(batch.frames[row, : alone.frames.shape[1]], alone.frames[0], rtol=0, atol=1e-6)
         assert not batch.frames[row, alone.frames.shape[1] :].any()
@@ -147,24 +156,28 @@ def test_a_recording_is_fused_in_a_batch_as_alone() -> None:
 
 def test_a_short_recording_is_left_alone_even_beside_a_long_one() -> None:
     frames = torch.randn(2, 100, 4)
-    fused = iterative_fusion(frames, torch.tensor([100, 9]), 10, lambda h: torch.full(h.shape[:-1], 1e-7))
+    fused = iterative_fusion(
+        frames, torch.tensor([100, 9]), 10, FusionSettings(lambda h: torch.full(h.shape[:-1], 1e-7))
+    )
     assert torch.equal(fused.frames[1, :9], frames[1, :9])
     assert members_of(fused, 1) == [[t] for t in range(9)]
 
 
 def test_of_equal_similarities_the_earlier_is_glued() -> None:
-    fused = iterative_fusion(torch.ones(1, 8, 3), torch.tensor([8]), 5, uniform)
+    fused = iterative_fusion(torch.ones(1, 8, 3), torch.tensor([8]), 5, FusionSettings(uniform))
     assert members_of(fused, 0) == [[0, 1, 2, 3], [4], [5], [6], [7]]
 
 
 def test_silent_spans_become_plain_means_and_zero_frames_stay_zero() -> None:
     torch.manual_seed(0)
     frames = torch.randn(1, 64, 4)
-    fused = iterative_fusion(frames, torch.tensor([64]), 32, lambda h: torch.zeros(h.shape[:-1]))
+    fused = iterative_fusion(frames, torch.tensor([64]), 32, FusionSettings(lambda h: torch.zeros(h.shape[:-1])))
     means = [frames[0, span].mean(0) for span in members_of(fused, 0)]
     torch.testing.assert_close(fused.frames[0], torch.stack(means), rtol=1e-5, atol=1e-6)
 
-    zeros = iterative_fusion(torch.zeros(1, 64, 4), torch.tensor([64]), 3, lambda h: torch.zeros(h.shape[:-1]))
+    zeros = iterative_fusion(
+        torch.zeros(1, 64, 4), torch.tensor([64]), 3, FusionSettings(lambda h: torch.zeros(h.shape[:-1]))
+    )
     assert torch.equal(zeros.frames, torch.zeros(1, 3, 4))
 
 
@@ -172,7 +185,7 @@ def test_gradients_are_the_weights_of_the_frames_and_do_not_reach_the_density() 
     torch.manual_seed(0)
     frames = torch.randn(1, 20, 1, requires_grad=True)
     density = torch.rand(1, 20, requires_grad=True)
-    fused = iterative_fusion(frames, torch.tensor([20]), 12, lambda _: density)
+    fused = iterative_fusion(frames, torch.tensor([20]), 12, FusionSettings(lambda _: density))
     fused.frames.sum().backward()
     expected = torch.cat([density[0, span] / density[0, span].sum() for span in members_of(fused, 0)])
     assert frames.grad is not None
@@ -182,7 +195,7 @@ def test_gradients_are_the_weights_of_the_frames_and_do_not_reach_the_density() 
 
 def test_lone_half_precision_frames_do_not_overflow() -> None:
     frames = torch.full((1, 400, 4), 60000.0, dtype=torch.float16)
-    fused = iterative_fusion(frames, torch.tensor([400]), 1, uniform)
+    fused = iterative_fusion(frames, torch.tensor([400]), 1, FusionSettings(uniform))
     assert torch.equal(fused.frames, frames[:, :1])
 
 
@@ -197,9 +210,9 @@ def test_content_density_is_accurate_near_zero() -> None:
 @pytest.mark.parametrize("target_length", [0, -3])
 def test_refuses_lengths_below_one(target_length: int) -> None:
     with pytest.raises(ValueError, match=f"target_length must be a positive integer, got {target_length}"):
-        iterative_fusion(torch.randn(1, 4, 2), torch.tensor([4]), target_length, uniform)
+        iterative_fusion(torch.randn(1, 4, 2), torch.tensor([4]), target_length, FusionSettings(uniform))
 
 
 def test_refuses_an_unknown_schedule() -> None:
     with pytest.raises(ValueError, match="halving or ladder, got 'thirds'"):
-        iterative_fusion(torch.randn(1, 4, 2), torch.tensor([4]), 2, uniform, "thirds")
+        iterative_fusion(torch.randn(1, 4, 2), torch.tensor([4]), 2, FusionSettings(uniform, "thirds"))

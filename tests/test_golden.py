@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastlongspeech import FastLongSpeechForConditionalGeneration
-from fastlongspeech.fusion_fastlongspeech import content_density, iterative_fusion
+from fastlongspeech.fusion_fastlongspeech import FusionSettings, content_density, iterative_fusion
+from fastlongspeech.recordings_fastlongspeech import EncodedRecordings
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 INDEX = json.loads((GOLDEN / "index.json").read_text())
@@ -81,11 +82,12 @@ def test_the_released_checkpoint_loads_whole() -> None:
 @pytest.mark.parametrize("seconds", ["5.3", "30", "47"])
 def test_frames_and_densities(model: FastLongSpeechForConditionalGeneration, seconds: str) -> None:
     audio, counts = load(f"audio_{seconds}s"), INDEX["audio"][seconds]["frames"]
-    frames, _, lengths = model.model.encode_recordings(**audio_inputs(seconds))
+    recordings = model.encode(**audio_inputs(seconds))
+    frames, lengths = recordings.frames, recordings.lengths
     assert lengths.tolist() == [sum(counts)]
     close(frames, torch.cat([window[:n] for window, n in zip(audio["enc_pre"], counts, strict=True)]))
     density = torch.cat([window[:n] for window, n in zip(audio["density"], counts, strict=True)])
-    close(model.model._density(frames), density)
+    close(model.density(frames), density)
 
 
 @torch.no_grad()
@@ -106,8 +108,9 @@ def test_fused_frames_embeddings_and_logits(
     assert length == min(total, target_length)
 
     if length < total:
-        frames, _, lengths = model.model.encode_recordings(**inputs)
-        fused = iterative_fusion(frames[None], lengths, target_length, model.model._density, schedule, LADDER)
+        recordings = model.encode(**inputs)
+        frames, lengths = recordings.frames, recordings.lengths
+        fused = iterative_fusion(frames[None], lengths, target_length, FusionSettings(model.density, schedule, LADDER))
         close(fused.frames[0], recorded[f"L{target_length}.fused"])
         assert spans_of(fused.spans[0]) == recorded_spans(recorded, target_length)
     name = "none" if path == "long" and length == total else f"L{target_length}"
@@ -133,9 +136,11 @@ def test_padded_training_batch(
     lengths = batch["lengths"]
     frames = torch.cat([row[:n] for row, n in zip(batch["enc_pre"], lengths.tolist(), strict=True)])
     monkeypatch.setattr(model.config, "fusion_schedule", "ladder")
-    monkeypatch.setattr(model.model, "encode_recordings", lambda *_: (frames, torch.arange(len(frames)), lengths))
+    seconds = torch.arange(len(frames)).double()
+    recordings = EncodedRecordings(frames, seconds, seconds + 1, lengths)
+    monkeypatch.setattr(model.model, "_encode", lambda *_: recordings)
 
-    fused = iterative_fusion(batch["enc_pre"], lengths, target_length, model.model._density, "ladder", LADDER)
+    fused = iterative_fusion(batch["enc_pre"], lengths, target_length, FusionSettings(model.density, "ladder", LADDER))
     kept = lengths.clamp(max=target_length)
     assert fused.lengths.tolist() == kept.tolist()
     for row, (n, before) in enumerate(zip(kept.tolist(), lengths.tolist(), strict=True)):
@@ -186,7 +191,7 @@ def test_ctc_logits_and_loss(model: FastLongSpeechForConditionalGeneration) -> N
     recorded = load("ctc")
     for row, seconds in ((1, "5.3"), (2, "30")):
         inputs = audio_inputs(seconds)
-        frames, _, _ = model.model.encode_recordings(**inputs)
+        frames = model.encode(**inputs).frames
         logits = recorded[f"{seconds}.ctc_logits"]
         close(model.model.ctc_decoder(model.model._ctc_input(frames)), logits)
         loss = model(**inputs, ctc_labels=recorded["labels"][row : row + 1]).loss
@@ -212,13 +217,15 @@ def small_density(small: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize(("path", "schedule"), [("long", "halving"), ("short", "ladder")])
 def test_fusion_without_a_model(small: dict[str, Tensor], path: str, schedule: str, target_length: int) -> None:
     whole, lengths = small["normal.features"][None], torch.tensor([257])
-    fused = iterative_fusion(whole, lengths, target_length, small_density(small), schedule, LADDER)
+    fused = iterative_fusion(whole, lengths, target_length, FusionSettings(small_density(small), schedule, LADDER))
     close(fused.frames[0], small[f"normal.{path}.L{target_length}"])
 
 
 @torch.no_grad()
 def test_fusion_to_a_single_frame(small: dict[str, Tensor]) -> None:
-    fused = iterative_fusion(small["normal.features"][None], torch.tensor([257]), 1, small_density(small))
+    fused = iterative_fusion(
+        small["normal.features"][None], torch.tensor([257]), 1, FusionSettings(small_density(small))
+    )
     close(fused.frames[0], small["normal.long.L1"])
 
 
@@ -226,7 +233,9 @@ def test_fusion_to_a_single_frame(small: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("target_length", [200, 100, 50, 25, 12])
 def test_fusion_of_a_batch_without_a_model(small: dict[str, Tensor], target_length: int) -> None:
     lengths = small["normal.batch_lengths"]
-    fused = iterative_fusion(small["normal.batch"], lengths, target_length, small_density(small), "ladder", LADDER)
+    fused = iterative_fusion(
+        small["normal.batch"], lengths, target_length, FusionSettings(small_density(small), "ladder", LADDER)
+    )
     for row, n in enumerate(lengths.clamp(max=target_length).tolist()):
         close(fused.frames[row, :n], small[f"normal.train.L{target_length}"][row, :n])
 
@@ -237,7 +246,7 @@ def test_saturated_densities_where_the_recorded_ones_are_positive(small: dict[st
     recorded = small["saturated.long.L200"]
     density = small["saturated.density"]
     fused = iterative_fusion(
-        small["saturated.features"][None], torch.tensor([257]), 200, lambda _: density[None], "halving"
+        small["saturated.features"][None], torch.tensor([257]), 200, FusionSettings(lambda _: density[None])
     )
     positive = torch.stack([density[start:end].sum() > 0 for start, end in fused.spans[0]])
     assert 100 < int(positive.sum()) < 200

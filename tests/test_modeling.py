@@ -74,18 +74,19 @@ def test_a_checkpoint_without_ctc_decoder_fuses_uniformly_and_says_so(
     warnings: list[str] = []
     monkeypatch.setattr(modeling_fastlongspeech.logger, "warning", warnings.append)
     model = Model.from_pretrained(tmp_path)
-    assert "content_density is set to 'uniform'" in warnings[0]
-    assert model.config.content_density == "uniform"
+    assert "ctc_trained is set to false" in warnings[0]
+    assert (model.config.ctc_trained, model.config.content_density) == (False, "ctc")
+    assert model.density(torch.randn(3, 16)).tolist() == [1, 1, 1]
     audio = make_audio([3000, 3000, 100])
     assert model.generate(**audio, **make_prompts([1]), target_length=20, max_new_tokens=2).shape[1] == 9
-    with pytest.raises(ValueError, match="not trained and can't transcribe"):
+    with pytest.raises(ValueError, match="ctc_trained is false: this CTC decoder can't transcribe"):
         model.ctc_transcribe(**audio)
 
     # Saved and loaded again it stays what it was, and the warning does not come back.
     model.save_pretrained(tmp_path / "ours")
     again, info = Model.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()) and len(warnings) == 1
-    assert again.config.content_density == "uniform"
+    assert not again.config.ctc_trained
     assert set(load_file(tmp_path / "ours" / "model.safetensors")) == set(model.state_dict())
 
 
@@ -110,7 +111,7 @@ def test_saving_keeps_everything(model: Model, make_audio: Make, make_prompts: M
 
 def test_reset_ctc_decoder(model: Model) -> None:
     model.model.reset_ctc_decoder(31)
-    assert model.config.ctc_vocab_size == 31 and model.config.content_density == "uniform"
+    assert model.config.ctc_vocab_size == 31 and not model.config.ctc_trained
     assert model.model.ctc_decoder.linear.weight.shape == (32, 24)
     assert 0.2 < float(model.model.ctc_decoder.linear.weight.std()) < 0.4  # initializer_range
 
@@ -205,7 +206,7 @@ def test_refuses_arguments_that_do_not_fit(model: Model, make_audio: Make, make_
         model.get_audio_features(**(audio | {"windows_per_audio": torch.tensor([2, 2])}))
     with pytest.raises(ValueError, match="target_length must be a positive integer, got 0; pass compression"):
         model.get_audio_features(**audio, target_length=0)
-    with pytest.raises(ValueError, match="target_length holds 3 lengths for 2 recordings"):
+    with pytest.raises(ValueError, match="got 3 integers for 2 recordings"):
         model.get_audio_features(**audio, target_length=[1, 2, 3])
     with pytest.raises(ValueError, match="compression must be one of iterative_fusion, .*, none; got 'zip'"):
         model.get_audio_features(**audio, compression="zip")
@@ -315,8 +316,9 @@ def test_ctc_loss_is_nats_per_label_and_accumulates(model: Model, make_audio: Ma
     for row, n in enumerate([4, 2]):
         one = row_of(audio | {"ctc_labels": labels[:, :4]}, row)
         parts.append(model(**(one | {"ctc_labels": one["ctc_labels"][:, :n]})).loss)
-        frames, _, lengths = model.model.encode_recordings(*(one[k] for k in list(one)[:3]))
-        log_probs = model.model.ctc_decoder(model.model._ctc_input(frames)).log_softmax(-1)
+        heard = model.encode(*(one[k] for k in list(one)[:3]))
+        lengths = heard.lengths
+        log_probs = model.model.ctc_decoder(model.model._ctc_input(heard.frames)).log_softmax(-1)
         nats = torch.nn.functional.ctc_loss(
             log_probs, labels[row, :n], lengths[0], torch.tensor(n), blank=12, reduction="sum"
         )
@@ -347,10 +349,11 @@ def test_only_the_ctc_decoder_learns_when_all_else_is_frozen(model: Model, make_
 
 def test_ctc_transcription_collapses_repeats_and_then_drops_blanks(model: Model, make_audio: Make) -> None:
     audio = make_audio([400], [3000, 80])
-    frames, _, lengths = model.model.encode_recordings(**audio)
-    best = model.model.ctc_decoder(model.model._ctc_input(frames)).argmax(-1)
+    heard = model.encode(**audio)
+    best = model.model.ctc_decoder(model.model._ctc_input(heard.frames)).argmax(-1)
     expected = [
-        [piece for piece, _ in groupby(pieces.tolist()) if piece != 12] for pieces in best.split(lengths.tolist())
+        [piece for piece, _ in groupby(pieces.tolist()) if piece != 12]
+        for pieces in best.split(heard.lengths.tolist())
     ]
     assert model.ctc_transcribe(**audio) == expected
     assert 12 in best and any(a == b for pieces in expected for a, b in zip(pieces, pieces[1:], strict=False))

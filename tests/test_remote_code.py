@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,21 @@ from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeec
 
 PROMPT = "<|audio_bos|><|AUDIO|><|audio_eos|>\nWhat?"
 
-CODE = {path.name for path in Path(__file__).parents[1].glob("*_fastlongspeech.py")}
+ROOT = Path(__file__).parents[1]
+
+
+def reached(*names: str) -> set[str]:
+    """The files that these import, and those that they import, by a search for their relative imports."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        found.add(name := waiting.pop())
+        imports = re.findall(r"^\s*from \.(\w+) import", (ROOT / name).read_text(), flags=re.MULTILINE)
+        waiting += [f"{module}.py" for module in imports if f"{module}.py" not in found]
+    return found
+
+
+CODE = reached("modeling_fastlongspeech.py", "processing_fastlongspeech.py", "configuration_fastlongspeech.py")
 DATA = {
     "chat_template.jinja",
     "config.json",
@@ -167,15 +182,26 @@ def test_with_the_package_imported_no_trust_is_needed(checkpoint):
 def test_the_code_imports_nothing_an_inference_user_must_not_have():
     from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
-    allowed = {"torch", "transformers", "huggingface_hub", "numpy", "soundfile", "soxr", "sentencepiece"}
+    allowed = {
+        "torch",
+        "transformers",
+        "huggingface_hub",
+        "safetensors",
+        "numpy",
+        "soundfile",
+        "soxr",
+        "sentencepiece",
+    }
     for name in CODE:
-        file = Path(__file__).parents[1] / name
+        file = ROOT / name
         assert {module for module in get_imports(file) if module not in sys.stdlib_module_names} <= allowed, name
         assert {f"{module}.py" for module in get_relative_imports(file)} <= CODE, name
 
 
 def test_the_demo_checkpoint_carries_this_code():
-    root = Path(__file__).parents[1]
+    published = ROOT / "checkpoints" / "fastlongspeech-demo"
+    assert {path.name for path in published.glob("*.py")} == CODE
     for name in CODE:
-        published = root / "checkpoints" / "fastlongspeech-demo" / name
-        assert published.read_bytes() == (root / name).read_bytes(), f"cp {name} {published.relative_to(root).parent}"
+        assert (published / name).read_bytes() == (ROOT / name).read_bytes(), (
+            f"cp {name} {published.relative_to(ROOT)}"
+        )

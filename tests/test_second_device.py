@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastlongspeech import FastLongSpeechForConditionalGeneration as Model
 from fastlongspeech.compression_fastlongspeech import COMPRESSIONS
+from fastlongspeech.fusion_fastlongspeech import FusionSettings
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -54,8 +55,8 @@ def test_nothing_waits_inside_the_fusion(model: Model) -> None:
     frames, lengths = torch.randn(3, 700, 16), torch.tensor([700, 20, 333])
     for compression, function in COMPRESSIONS.items():
         with SecondDevice() as device:
-            density = move(copy.deepcopy(model)).model._density
-            function(SecondDeviceTensor(frames), lengths, 12, density)
+            settings = FusionSettings(move(copy.deepcopy(model)).model.density)
+            function(SecondDeviceTensor(frames), lengths, 12, settings)
             assert device.waits == [], compression
 
 

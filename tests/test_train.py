@@ -156,9 +156,9 @@ def test_stage_2_trains_lora_on_the_language_model_alone_and_merges_it(checkpoin
 def test_stage_2_trains_through_the_compression_it_is_told_and_saves_it(checkpoint, data, tmp_path, monkeypatch):
     lengths = []
 
-    def compress(frames, recordings, target_length, *others):
-        lengths.append(int(target_length.max()))
-        return average_pooling(frames, recordings, target_length, *others)
+    def compress(frames, recordings, targets, settings):
+        lengths.append(int(targets.max()))
+        return average_pooling(frames, recordings, targets, settings)
 
     monkeypatch.setitem(COMPRESSIONS, "average_pooling", compress)
     trained(dct, checkpoint, data, tmp_path / "out", "--compression", "average_pooling")

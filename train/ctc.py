@@ -27,10 +27,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import set_seed
 
-from ..audio_fastlongspeech import count_frames
 from ..data.manifests import SpeechRows, load_rows, refuse
 from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
 from ..processing_fastlongspeech import FastLongSpeechProcessor
+from ..windows_fastlongspeech import WINDOWS
 from .batches import CTCCollator
 from .stage import DTYPES, StageArguments, StageTrainer, export, open_run, parse_settings
 
@@ -94,7 +94,6 @@ def check_lengths(rows: SpeechRows, source: str, processor: FastLongSpeechProces
     Raises:
         ValueError: naming every such row.
     """
-    extractor = processor.feature_extractor
     encode: Callable[[str], list[int]] = partial(processor.tokenizer.encode, add_special_tokens=False)
     if processor.ctc_tokenizer is not None:
         encode = processor.ctc_tokenizer.encode
@@ -102,9 +101,7 @@ def check_lengths(rows: SpeechRows, source: str, processor: FastLongSpeechProces
     for place, seconds, text in zip(rows.places, rows.durations, rows.texts("text"), strict=True):
         pieces = encode(text)
         needed = len(pieces) + sum(left == right for left, right in zip(pieces, pieces[1:], strict=False))
-        windows, rest = divmod(int(seconds * extractor.sampling_rate), extractor.n_samples)
-        mel_frames = np.array([*[extractor.nb_max_frames] * windows, -(-rest // extractor.hop_length)])
-        frames = count_frames(mel_frames).clip(min=0).sum()
+        frames = WINDOWS.count_frames(WINDOWS.mel_frames(int(seconds * WINDOWS.sampling_rate))).sum()
         if needed > frames:
             faults.append(
                 f"{place} has a transcript that needs {needed} frames, its recording has {frames}; check both"
@@ -185,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.config.ctc_projector = settings.ctc_projector
     model.model.reset_ctc_decoder(processor.ctc_vocab_size)
     decoder = model.model.ctc_decoder.to(torch.float32).requires_grad_(True)
-    model.config.content_density = "ctc"
+    model.config.content_density, model.config.ctc_trained = "ctc", True
     config = copy.deepcopy(model.config)
 
     trainer = CTCTrainer(

@@ -81,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.compression is not None:
         model.config.compression = settings.compression
     config = copy.deepcopy(model.config)
-    if config.content_density == "uniform" and training.process_index == 0:
-        print("# content_density is uniform: the CTC decoder is not used; run stage 1 first to train it", flush=True)
+    if not config.ctc_trained and training.process_index == 0:
+        print("# the CTC decoder is not trained, so all frames weigh the same; run stage 1 first", flush=True)
     set_seed(training.seed)
     adapted = add_lora(model, settings)
 

@@ -1,19 +1,17 @@
 """Every way to shorten a recording, by the name that `compression` takes: iterative fusion, its rivals and ablations.
 
-All have the signature of `iterative_fusion`, return exactly L frames of a recording that has more and leave the others
-alone, give a recording in a batch what it gets alone, and accumulate in float32. What a method has no use for (the
-density, the schedule) it ignores. `"none"`, every frame, is no function.
+All are functions of `(frames, lengths, targets, settings)`, return exactly L frames of a recording that has more and
+leave the others alone, give a recording in a batch what it gets alone, and accumulate in float32. Settings that a
+method has no use for (the density, the schedule) it ignores. `"none"`, every frame, is no function.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .fusion_fastlongspeech import (
-    DensityFunction,
     FusedFrames,
-    expand_targets,
+    FusionSettings,
+    check_target_length,
     fuse,
     iterative_fusion,
     similarity_ranks,
@@ -22,14 +20,7 @@ from .fusion_fastlongspeech import (
 )
 
 
-def random_frames(
-    frames: Tensor,
-    lengths: Tensor,
-    target_length: int | Tensor,
-    density_fn: DensityFunction,
-    schedule: str = "halving",
-    ladder: Sequence[int] = (),
-) -> FusedFrames:
+def random_frames(frames: Tensor, lengths: Tensor, targets: int | Tensor, settings: FusionSettings) -> FusedFrames:
     """Keeps L frames chosen by chance, in order (the paper's Random); a span is the kept frame's own.
 
     Chance is a hash of the frame's number, seeded by the recording's own length: no generator is read or advanced. So
@@ -37,7 +28,7 @@ def random_frames(
     L; recordings of the same length keep the same places.
     """
     width = frames.shape[1]
-    kept = torch.minimum(lengths.to("cpu", torch.int64), expand_targets(target_length, len(frames)))
+    kept = torch.minimum(lengths.to("cpu", torch.int64), check_target_length(targets, len(frames)))
     most = int(kept.max())
     lengths, kept = lengths.to(frames.device, torch.int64)[:, None], kept.to(frames.device)
     numbers = torch.arange(width, device=frames.device)
@@ -49,16 +40,9 @@ def random_frames(
     return FusedFrames(frames.gather(1, index).masked_fill(~valid[..., None], 0.0), kept, spans)
 
 
-def average_pooling(
-    frames: Tensor,
-    lengths: Tensor,
-    target_length: int | Tensor,
-    density_fn: DensityFunction,
-    schedule: str = "halving",
-    ladder: Sequence[int] = (),
-) -> FusedFrames:
+def average_pooling(frames: Tensor, lengths: Tensor, targets: int | Tensor, settings: FusionSettings) -> FusedFrames:
     """Averages L segments of T / L frames, rounded up or down (the paper's AvgPool): segment i begins at i T / L."""
-    kept = torch.minimum(lengths.to("cpu", torch.int64), expand_targets(target_length, len(frames)))
+    kept = torch.minimum(lengths.to("cpu", torch.int64), check_target_length(targets, len(frames)))
     most = int(kept.max())
     lengths, kept = lengths.to(frames.device, torch.int64), kept.to(frames.device)
     segments = kept[:, None]
@@ -70,57 +54,31 @@ def average_pooling(
     return FusedFrames(means.to(frames.dtype), kept, torch.stack((bounds[:, :-1], bounds[:, 1:]), dim=-1))
 
 
-def most_similar(
-    frames: Tensor,
-    lengths: Tensor,
-    target_length: int | Tensor,
-    density_fn: DensityFunction,
-    schedule: str = "halving",
-    ladder: Sequence[int] = (),
-) -> FusedFrames:
+def most_similar(frames: Tensor, lengths: Tensor, targets: int | Tensor, settings: FusionSettings) -> FusedFrames:
     """Glues the T - L most similar neighbours in one round; spans become plain means (the paper's MostSim)."""
-    return single_step_fusion(frames, lengths, target_length, _uniform)
+    return single_step_fusion(frames, lengths, targets, FusionSettings(_uniform))
 
 
 def single_step_fusion(
-    frames: Tensor,
-    lengths: Tensor,
-    target_length: int | Tensor,
-    density_fn: DensityFunction,
-    schedule: str = "halving",
-    ladder: Sequence[int] = (),
+    frames: Tensor, lengths: Tensor, targets: int | Tensor, settings: FusionSettings
 ) -> FusedFrames:
     """Iterative fusion without iterations: from T to L in one round (Table 2, "w/o Iterative Fusion")."""
-    return iterative_fusion(frames, lengths, target_length, density_fn, schedule="ladder", ladder=())
+    return iterative_fusion(frames, lengths, targets, settings._replace(schedule="ladder", ladder=()))
 
 
-def uniform_density(
-    frames: Tensor,
-    lengths: Tensor,
-    target_length: int | Tensor,
-    density_fn: DensityFunction,
-    schedule: str = "halving",
-    ladder: Sequence[int] = (),
-) -> FusedFrames:
+def uniform_density(frames: Tensor, lengths: Tensor, targets: int | Tensor, settings: FusionSettings) -> FusedFrames:
     """Iterative fusion whose spans become plain means in every round (Table 2, "w/o Content Density")."""
-    return iterative_fusion(frames, lengths, target_length, _uniform, schedule, ladder)
+    return iterative_fusion(frames, lengths, targets, settings._replace(density=_uniform))
 
 
-def adjacent_merging(
-    frames: Tensor,
-    lengths: Tensor,
-    target_length: int | Tensor,
-    density_fn: DensityFunction,
-    schedule: str = "halving",
-    ladder: Sequence[int] = (),
-) -> FusedFrames:
+def adjacent_merging(frames: Tensor, lengths: Tensor, targets: int | Tensor, settings: FusionSettings) -> FusedFrames:
     """Merges pairs of neighbours, the most similar first and no frame in two pairs, round by round (A-ToMe).
 
     A frame weighs as many as it stands for, so in the end every span is the plain mean of its recording's frames. A
     round takes (T - 1) / 3 pairs, rounded up, or the T - L that are left: so many there always are. After Li et al.,
     "Accelerating Transducers through Adjacent Token Merging" (2023), which compares the keys inside an encoder.
     """
-    targets = expand_targets(target_length, len(frames))
+    targets = check_target_length(targets, len(frames))
     plan = [lengths.to("cpu", torch.int64)]
     while bool((plan[-1] > targets).any()):
         length = plan[-1]
@@ -131,8 +89,8 @@ def adjacent_merging(
 def disjoint_pairs(similarity: Tensor, lengths: Tensor, count: Tensor) -> Tensor:
     """As `most_similar_pairs`, but a pair is passed over where one of its frames is in a more similar pair already.
 
-    Going down from a peak of similarity, that takes every second pair; one in a valley needs it from both sides.
-    `count` is at most (T - 1) / 3, rounded up.
+    Going down from a peak of similarity, every second pair is taken. A pair in a valley lies below two peaks, and is
+    taken only where both ways down take it. `count` is at most (T - 1) / 3, rounded up.
     """
     rank = similarity_ranks(similarity, lengths)
 
@@ -143,6 +101,7 @@ def disjoint_pairs(similarity: Tensor, lengths: Tensor, count: Tensor) -> Tensor
         descends[:, 1:] = rank[:, 1:] > rank[:, :-1]
         return place - place.masked_fill(descends, 0).cummax(dim=1).values
 
+    # An odd number of steps below a peak: the pair before has taken a frame of this one.
     odd = (below_the_peak(rank) | below_the_peak(rank.flip(1)).flip(1)) & 1
     return similarity_ranks(similarity.masked_fill(odd.bool(), -torch.inf), lengths) < count[:, None]
 

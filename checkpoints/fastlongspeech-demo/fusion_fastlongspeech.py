@@ -6,8 +6,9 @@ batches, have no parameters and loop over rounds alone.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,35 +32,40 @@ class FusedFrames(NamedTuple):
     spans: Tensor
 
 
-def iterative_fusion(
-    frames: Tensor,
-    lengths: Tensor,
-    target_length: int | Tensor,
-    density_fn: DensityFunction,
-    schedule: str = "halving",
-    ladder: Sequence[int] = (),
-) -> FusedFrames:
-    """Fuses each recording to `target_length` frames; one that has no more is left alone.
+class FusionSettings(NamedTuple):
+    """What a compression may ask for beside frames and lengths.
+
+    Attributes:
+        density: content density (Eq. 3) `(B', T')` of frames `(B', T', D)`; autograd treats it as a constant.
+        schedule: `"halving"` or `"ladder"`, see `next_lengths`.
+        ladder: the rungs of the ladder schedule, in frames.
+    """
+
+    density: DensityFunction
+    schedule: str = "halving"
+    ladder: Sequence[int] = ()
+
+
+def iterative_fusion(frames: Tensor, lengths: Tensor, targets: int | Tensor, settings: FusionSettings) -> FusedFrames:
+    """Fuses each recording to its target length; one that has no more frames is left alone.
 
     A recording's result does not depend on the others in the batch. Sums are accumulated in float32 in a fixed order.
 
     Args:
         frames: `(B, T, D)` floating point; what lies past a recording's length is ignored.
         lengths: `(B,)` integer, valid frames of each recording.
-        target_length: L, 1 or more; one for all or `(B,)`.
-        density_fn: content density (Eq. 3) `(B', T')` of frames `(B', T', D)`; asked again for the fused frames in
-            every round, see `renew_weights`, and treated as a constant by autograd.
-        schedule: `"halving"` or `"ladder"`, see `next_lengths`.
-        ladder: the rungs of the ladder schedule, in frames.
+        targets: L, 1 or more; one for all or `(B,)`.
+        settings: the density, asked again for the fused frames in every round (see `renew_weights`), and the schedule.
 
     Raises:
-        ValueError: `target_length` is below 1, or the schedule is unknown.
+        ValueError: a target length is below 1, or the schedule is unknown.
     """
-    targets = expand_targets(target_length, len(frames))
-    plan = [lengths.to("cpu", torch.int64)]  # every round's lengths: the only time that the host waits for the device
+    targets = check_target_length(targets, len(frames))
+    # Lengths are all that a plan needs, so it is made before the first round: the host waits for the device just here.
+    plan = [lengths.to("cpu", torch.int64)]
     while bool((plan[-1] > targets).any()):
-        plan.append(next_lengths(plan[-1], targets, schedule, ladder))
-    return fuse(frames, plan, lambda fused, _: density_fn(fused), most_similar_pairs)
+        plan.append(next_lengths(plan[-1], targets, settings.schedule, settings.ladder))
+    return fuse(frames, plan, lambda fused, _: settings.density(fused), most_similar_pairs)
 
 
 def fuse(frames: Tensor, plan: list[Tensor], weights_fn: WeightsFunction, pairs_fn: PairsFunction) -> FusedFrames:
@@ -73,24 +79,29 @@ def fuse(frames: Tensor, plan: list[Tensor], weights_fn: WeightsFunction, pairs_
         pairs_fn: chooses the neighbours to glue, as `most_similar_pairs` does.
     """
     device, dtype = frames.device, frames.dtype
+    # Widths are read on the CPU, where the plan is: reading them off the device would make the host wait every round.
     widths = [int(shorter.max()) for shorter in plan[1:]]
     lengths, *rounds = torch.stack(plan).to(device)
     ends_at = lengths[:, None]
     width = frames.shape[1]
+    # Only where each span starts is kept; it ends where the next one starts, the last one at the recording's end.
     starts = torch.arange(width, device=device).minimum(ends_at)
-    frames = frames.float()
+    frames = frames.float()  # means of means: sums in half precision would lose small densities
     if bool((plan[0] < width).any()):
+        # What lies in the padding may be NaN, and NaN times a weight of 0 is NaN.
         frames = frames.masked_fill(~valid_positions(lengths, width)[..., None], 0.0)
     weights, fresh = torch.zeros_like(starts, dtype=torch.float32), valid_positions(lengths, width)
     for shorter, width in zip(rounds, widths, strict=True):
-        with torch.no_grad():
+        with torch.no_grad():  # which frames are glued, and what they weigh, are constants; gradients pass the means
             members = torch.diff(starts, append=ends_at)
             weights = renew_weights(weights, fresh, frames.to(dtype), members, weights_fn)
             glued = pairs_fn(similarities(frames), lengths, lengths - shorter)
             sizes = span_sizes(glued, lengths, width)
+            # The place of each span's first frame; clamped where a recording has fewer spans than the widest.
             first = (sizes.cumsum(1) - sizes).clamp(max=starts.shape[1] - 1)[:, :width]
         starts = torch.where(valid_positions(shorter, width), starts.gather(1, first), ends_at)
         fused = weighted_means(frames, weights, sizes)[:, :width]
+        # A recording that is short enough already keeps its frames to the bit: means of one would round them.
         frames = torch.where((shorter < lengths)[:, None, None], fused, frames[:, :width])
         weights, fresh = weights.gather(1, first), sizes[:, :width] > 1
         lengths = shorter
@@ -104,8 +115,8 @@ def renew_weights(
     """Returns the weights `(B, T)`, float32, of the frames of a round.
 
     A frame that was glued to no other in the round before keeps its weight. On a CPU `weights_fn` is asked, as for one
-    row, for the fresh frames alone; elsewhere the host would have to wait to hear how many they are, so it is asked
-    for all.
+    row, for the fresh frames alone. Elsewhere it is asked for all: counting the fresh ones would force a GPU to
+    synchronise with the host.
 
     Args:
         weights: of the same frames in the round before, `(B, T)` float32; on a CPU they are changed in place.
@@ -120,12 +131,28 @@ def renew_weights(
     return weights
 
 
-def expand_targets(target_length: int | Tensor, recordings: int) -> Tensor:
-    """Returns L of every recording, `(B,)` on the CPU, from one for all or `(B,)`; below 1 it is a ValueError."""
-    targets = torch.as_tensor(target_length, device="cpu").expand(recordings)
-    if recordings and int(targets.min()) < 1:
-        raise ValueError(f"target_length must be a positive integer, got {int(targets.min())}.")
-    return targets
+def check_target_length(target_length: Any, recordings: int) -> Tensor:
+    """Returns L of every recording, `(A,)` int64 on the CPU: the one place that says what a target length may be.
+
+    Args:
+        target_length: an integer for all recordings, or one for each (a list, an array or a tensor).
+        recordings: A.
+
+    Raises:
+        ValueError: a length is not a positive integer, or there are more or fewer than recordings.
+    """
+    values = target_length.cpu().numpy() if isinstance(target_length, Tensor) else np.asarray(target_length)
+    if values.dtype.kind not in "iu" or (values < 1).any():
+        raise ValueError(
+            f'target_length must be a positive integer, got {target_length!r}; pass compression="none" to keep every '
+            "frame."
+        )
+    if values.ndim > 1 or (values.ndim and len(values) != recordings):
+        raise ValueError(
+            f"target_length must be one integer for all recordings or one for each, got {values.size} integers for "
+            f"{recordings} recordings."
+        )
+    return torch.from_numpy(np.broadcast_to(values.astype(np.int64), recordings).copy())
 
 
 def content_density(ctc_logits: Tensor) -> Tensor:
@@ -230,4 +257,4 @@ def valid_positions(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
-__all__ = ["FusedFrames", "content_density", "iterative_fusion"]
+__all__ = ["FusedFrames", "FusionSettings", "check_target_length", "content_density", "iterative_fusion"]

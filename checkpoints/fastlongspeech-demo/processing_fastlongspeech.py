@@ -4,6 +4,7 @@ Follow one recording: `load_recording` (decode, mono, 16 kHz) -> `FastLongSpeech
 windows, log-mel features, placeholder counts) -> `FastLongSpeechProcessor.__call__` (text with as many placeholders).
 """
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, islice
@@ -12,17 +13,19 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
-import torch
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import AudioKwargs, ProcessorMixin, TextKwargs
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, cached_file
 
-from .audio_fastlongspeech import count_frames, list_recordings, load_recording
+from .audio_fastlongspeech import list_recordings, load_recording
 from .compression_fastlongspeech import check_compression
+from .configuration_fastlongspeech import FastLongSpeechConfig
+from .fusion_fastlongspeech import check_target_length
+from .recordings_fastlongspeech import EncodedRecordings
+from .windows_fastlongspeech import Windows
 
 CTC_MODEL_NAME = "ctc.model"
-END_OF_TURN = "<|im_end|>"
 TOKENIZER_DEFAULTS = {
     "padding": True,
     "padding_side": "left",
@@ -31,7 +34,14 @@ TOKENIZER_DEFAULTS = {
 }
 PADDING_OPTIONS = ("padding", "padding_side", "max_length", "pad_to_multiple_of")
 # What `apply_chat_template` hands on to `__call__`; `return_tensors` is an argument of both.
-CALL_OPTIONS = {"target_length", "compression", "answers", *TextKwargs.__annotations__, *AudioKwargs.__annotations__}
+CALL_OPTIONS = {
+    "target_length",
+    "compression",
+    "answers",
+    "recordings",
+    *TextKwargs.__annotations__,
+    *AudioKwargs.__annotations__,
+}
 CALL_OPTIONS -= {"return_tensors"}
 AUDIO_KEYS = ("audio", "path", "url", "audio_url")
 
@@ -70,6 +80,12 @@ def _pop_sampling_rate(kwargs: dict[str, Any]) -> float | None:
     return rates[1] if rates[0] is None else rates[0]
 
 
+def _configured_length(source: str, hub_kwargs: dict[str, Any]) -> int | None:
+    """Returns the `target_length` in the `config.json` of a folder or repository; None where there is none."""
+    path = cached_file(source, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8")).get("target_length")
+
+
 class FastLongSpeechProcessor(ProcessorMixin):
     """Turns prompts and recordings of any duration into the inputs of FastLongSpeech.
 
@@ -80,7 +96,9 @@ class FastLongSpeechProcessor(ProcessorMixin):
         audio_token: the placeholder; a prompt holds one for every recording and gets one for every fused frame.
         audio_bos_token: written before a recording's placeholders by the chat template.
         audio_eos_token: written after them.
-        target_length: L, the frames a recording is fused to unless a call says otherwise.
+        end_of_turn_token: written after every turn by the chat template, and after answers in training.
+        target_length: L, the frames a recording is fused to unless a call says otherwise; absent: the default of
+            `FastLongSpeechConfig`. A processor that is loaded from a folder takes what the configuration there says.
         ctc_model: the path of the SentencePiece model of the CTC labels; None when the CTC decoder uses the
             tokenizer's own vocabulary. It is saved as `ctc.model` beside the tokenizer and found there again.
     """
@@ -93,14 +111,17 @@ class FastLongSpeechProcessor(ProcessorMixin):
         audio_token="<|AUDIO|>",
         audio_bos_token="<|audio_bos|>",
         audio_eos_token="<|audio_eos|>",
-        target_length=750,
+        end_of_turn_token="<|im_end|>",
+        target_length=None,
         ctc_model=None,
     ):
         self.audio_token = getattr(tokenizer, "audio_token", audio_token)
         self.audio_token_id = tokenizer.convert_tokens_to_ids(self.audio_token)
         self.audio_bos_token = getattr(tokenizer, "audio_bos_token", audio_bos_token)
         self.audio_eos_token = getattr(tokenizer, "audio_eos_token", audio_eos_token)
-        self.target_length = self._check_target_length(target_length)
+        self.end_of_turn_token = end_of_turn_token
+        target_length = FastLongSpeechConfig.target_length if target_length is None else target_length
+        self.target_length = int(check_target_length(target_length, 1)[0])
         self.ctc_tokenizer = None
         if ctc_model is not None:
             if not Path(ctc_model).is_file():
@@ -126,6 +147,7 @@ class FastLongSpeechProcessor(ProcessorMixin):
         answers: str | list[str] | None = None,
         ctc_text: str | list[str] | None = None,
         compression: str | None = None,
+        recordings: EncodedRecordings | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Returns the model's inputs for prompts, recordings or both.
@@ -137,6 +159,8 @@ class FastLongSpeechProcessor(ProcessorMixin):
             ctc_text: for CTC training, the transcript of every recording.
             compression: "none" for a placeholder per frame; every other way to shorten a recording (see
                 `compression_fastlongspeech.py`) needs the same placeholders, at most `target_length`.
+            recordings: what the model's `encode` returned, instead of `audio`: those that the prompts ask about, one
+                for each audio token in order, or one for all.
             sampling_rate: hertz of arrays that do not bring their own.
             target_length: L, frames to fuse a recording to; one for all or a list of one per recording; by default
                 the processor's `target_length`.
@@ -155,9 +179,11 @@ class FastLongSpeechProcessor(ProcessorMixin):
         """
         if "audios" in kwargs:
             raise ValueError("audios= is not an argument of FastLongSpeechProcessor; pass the recordings as audio=...")
-        recordings = [] if audio is None else list_recordings(audio)
-        if text is None and not recordings:
+        sources = [] if audio is None else list_recordings(audio)
+        if text is None and not sources:
             raise ValueError("pass text, audio or both, got neither.")
+        if sources and recordings is not None:
+            raise ValueError("pass either audio or recordings that are encoded already, got both.")
         if text is None and answers is not None:
             raise ValueError("answers need the prompts they answer; pass them as text.")
         text = [text] if isinstance(text, str) else text
@@ -175,10 +201,12 @@ class FastLongSpeechProcessor(ProcessorMixin):
         return_tensors = options.pop("return_tensors")
 
         placeholders = [] if text is None else self._count_placeholders(text)
-        if text is not None and sum(placeholders) != len(recordings):
+        heard = len(sources if recordings is None else recordings)
+        shared = recordings is not None and heard == 1
+        if text is not None and sum(placeholders) != heard and not (shared and sum(placeholders)):
             raise ValueError(
                 f"the number of {self.audio_token} tokens in the prompts should be the same as the number of "
-                f"recordings passed, got {sum(placeholders)} and {len(recordings)}."
+                f"recordings passed, got {sum(placeholders)} and {heard}."
             )
         for number, prompt in enumerate(text or ()):
             if 2 * self.audio_token in prompt:
@@ -186,17 +214,20 @@ class FastLongSpeechProcessor(ProcessorMixin):
                     f"prompt {number} holds {self.audio_token} tokens side by side, which would pass for one; "
                     f"write {self.audio_bos_token}{self.audio_token}{self.audio_eos_token} for each."
                 )
-        audio_inputs = self.get_audio_inputs(
-            recordings, sampling_rate, target_length, compression, merged["audio_kwargs"].get("device")
-        )
+        if recordings is None:
+            device = merged["audio_kwargs"].get("device")
+            audio_inputs = self.get_audio_inputs(sources, sampling_rate, target_length, compression, device)
+        else:
+            frames = recordings.lengths.numpy().repeat(sum(placeholders) if shared else 1)
+            audio_inputs = {"num_audio_tokens": self._count_tokens(frames, target_length, compression)}
         data: dict[str, Any] = {}
         if text is not None:
             data.update(self._tokenize(text, answers, placeholders, audio_inputs, options))
-        if recordings:
+        if sources:
             data.update((name, value) for name, value in audio_inputs.items() if name != "num_audio_tokens")
         if ctc_text is not None:
             transcripts = [ctc_text] if isinstance(ctc_text, str) else ctc_text
-            data["ctc_labels"] = self._encode_ctc(transcripts, len(recordings))
+            data["ctc_labels"] = self._encode_ctc(transcripts, len(sources))
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
     def get_audio_inputs(
@@ -211,32 +242,36 @@ class FastLongSpeechProcessor(ProcessorMixin):
 
         Each window is what the feature extractor makes of its samples alone: 30 s, the last one of a recording padded.
         """
-        lengths = self._length_of_each(target_length, len(recordings))
-        if compression is not None:
-            check_compression(compression)
         extractor = self.feature_extractor
+        geometry = Windows(extractor.sampling_rate, extractor.hop_length, extractor.nb_max_frames)
         options = {"sampling_rate": extractor.sampling_rate, "return_attention_mask": True, "device": device or "cpu"}
         windows, windows_per_audio = [], []
         for recording in recordings:
             samples = load_recording(recording, sampling_rate, extractor.sampling_rate)
-            starts = range(0, len(samples), extractor.n_samples)
-            windows += [samples[start : start + extractor.n_samples] for start in starts]
-            windows_per_audio.append(len(starts))
+            cuts = geometry.cut(len(samples))
+            windows += [samples[start:stop] for start, stop in cuts]
+            windows_per_audio.append(len(cuts))
         features = np.empty((len(windows), extractor.feature_size, extractor.nb_max_frames), dtype=np.float32)
         masks = np.empty((len(windows), extractor.nb_max_frames), dtype=np.int64)
         for index, window in enumerate(windows):
             extracted = extractor(window, return_tensors="np", **options)
             features[index], masks[index] = extracted["input_features"][0], extracted["attention_mask"][0]
         sizes = np.array(windows_per_audio, dtype=np.int64)
-        recording_of = np.repeat(np.arange(len(recordings)), sizes)
-        frames = np.zeros_like(sizes)
-        np.add.at(frames, recording_of, count_frames(masks.sum(1)))
+        frames = geometry.place(masks.sum(1), sizes).lengths
         return {
             "input_features": features,
             "feature_attention_mask": masks,
             "windows_per_audio": sizes,
-            "num_audio_tokens": frames if compression == "none" else np.minimum(frames, np.array(lengths, np.int64)),
+            "num_audio_tokens": self._count_tokens(frames, target_length, compression),
         }
+
+    def _count_tokens(self, frames: np.ndarray, target_length: Any, compression: str | None) -> np.ndarray:
+        """Returns the placeholders of recordings of so many frames `(A,)`, int64."""
+        target_length = self.target_length if target_length is None else target_length
+        lengths = check_target_length(target_length, len(frames)).numpy()
+        if compression is not None:
+            check_compression(compression)
+        return frames if compression == "none" else np.minimum(frames, lengths)
 
     def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs: Any) -> str:
         """Returns the placeholders of one recording."""
@@ -286,7 +321,9 @@ class FastLongSpeechProcessor(ProcessorMixin):
         if len(answers) != len(text):
             raise ValueError(f"answers must hold one answer per prompt, got {len(answers)} for {len(text)} prompts.")
         prompts = self.tokenizer(text, **{**options, "padding": False})["input_ids"]
-        endings = self.tokenizer([answer + END_OF_TURN for answer in answers], add_special_tokens=False)["input_ids"]
+        endings = self.tokenizer([answer + self.end_of_turn_token for answer in answers], add_special_tokens=False)[
+            "input_ids"
+        ]
         rows = [prompt + ending for prompt, ending in zip(prompts, endings, strict=True)]
         padding = {name: options[name] for name in PADDING_OPTIONS if name in options}
         encoded = dict(self.tokenizer.pad({"input_ids": rows}, **padding))
@@ -298,29 +335,6 @@ class FastLongSpeechProcessor(ProcessorMixin):
             for prompt, ids, mask in zip(prompts, encoded["input_ids"], encoded["attention_mask"], strict=True)
         ]
         return encoded
-
-    @staticmethod
-    def _check_target_length(target_length: Any) -> int:
-        if isinstance(target_length, bool) or not isinstance(target_length, (int, np.integer)) or target_length < 1:
-            raise ValueError(
-                f'target_length must be a positive integer, got {target_length!r}; pass compression="none" to keep '
-                "every frame."
-            )
-        return int(target_length)
-
-    def _length_of_each(self, target_length: Any, recordings: int) -> list[int]:
-        """Returns the L of every recording."""
-        if isinstance(target_length, (np.ndarray, torch.Tensor)):
-            target_length = target_length.tolist()
-        if not isinstance(target_length, (list, tuple)):
-            target_length = self.target_length if target_length is None else target_length
-            return [self._check_target_length(target_length)] * recordings
-        if len(target_length) != recordings:
-            raise ValueError(
-                f"target_length must be one integer or one per recording, got {len(target_length)} for "
-                f"{recordings} recordings."
-            )
-        return [self._check_target_length(length) for length in target_length]
 
     def _encode_ctc(self, transcripts: list[str], recordings: int) -> np.ndarray:
         """Returns the CTC labels of transcripts `(A, C)`, int64, padded with -100."""
@@ -399,11 +413,15 @@ class FastLongSpeechProcessor(ProcessorMixin):
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """Returns the arguments of `__init__` a folder or repository holds, with the place of its `ctc.model`."""
+        """Returns the arguments of `__init__` a folder or repository holds, with its configuration's `target_length`
+        and the place of its `ctc.model`."""
         where = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         hub_kwargs = {name: kwargs[name] for name in where if name in kwargs}
         processor_dict, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if not os.path.isfile(pretrained_model_name_or_path):
+            configured = _configured_length(str(pretrained_model_name_or_path), hub_kwargs)
+            if configured is not None:  # L is the configuration's to say; a processor saved alone says it itself
+                processor_dict["target_length"] = configured
             processor_dict["ctc_model"] = cached_file(
                 str(pretrained_model_name_or_path),
                 CTC_MODEL_NAME,

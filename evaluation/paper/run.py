@@ -13,7 +13,6 @@ several processes can share the work; `--quick` takes a few questions and a step
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from ...app.session import find_device
 from ...data.tasks import Example, QuestionSet, load_questions
-from ...encoder_fastlongspeech import EncodedRecordings
+from ...recordings_fastlongspeech import EncodedRecordings
 from ..answering import Answerer
 from ..journal import Journal, read_journal
 from ..run import DATA, SUMMARY, find_judge, load_model, parse_arguments, predict, score
@@ -56,12 +55,11 @@ class Models:
         if wanted != self._wanted:
             self._loaded = None  # two might be too large
             self._wanted, self._loaded = wanted, load_model(arguments, device)
-            weights = hashlib.sha1(str(self._loaded[0].dtype).encode())
-            for weight in self._loaded[0].model.audio_tower.state_dict().values():
-                weights.update(weight.cpu().float().numpy().tobytes())
-            if weights.hexdigest() != self._encoder:
+            model = self._loaded[0]
+            encoder = f"{model.dtype} {model.fingerprint()}"
+            if encoder != self._encoder:
                 self.frames.clear()
-                self._encoder = weights.hexdigest()
+                self._encoder = encoder
         return self._loaded
 
 

@@ -1,0 +1,136 @@
+"""The geometry of recordings: where samples, mel frames and frames lie, and the windows they are cut into.
+
+    samples (16 kHz) -> windows of 30 s -> mel frames (10 ms) -> frames (40 ms)
+
+Everything that counts or places one of these asks here; nothing else knows how long a window is, how far apart windows
+begin, or which frames of a window belong to its recording. Windows that overlap would be a change in `cut` and `own`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, NamedTuple
+
+import numpy as np
+
+CPU_MEL_FRAMES = 6000  # of a batch on a CPU: two windows of 30 s are no slower than more, and take less memory
+
+
+class FramePlaces(NamedTuple):
+    """Where the frames of recordings lie, one recording after the other.
+
+    Attributes:
+        first: `(W,)` int64, the first frame of each window that is its recording's own.
+        counts: `(W,)` int64, how many frames from there on are.
+        lengths: `(A,)` int64, frames of each recording.
+        starts: `(N,)` int64, the mel frame of its recording that each frame begins with.
+        ends: `(N,)` int64, one past the last mel frame of its recording that each frame stands for.
+    """
+
+    first: np.ndarray
+    counts: np.ndarray
+    lengths: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a host cuts recordings; the defaults are those of Qwen2-Audio: Whisper's encoder and a pooling by 2.
+
+    Attributes:
+        sampling_rate: hertz.
+        hop: samples between mel frames.
+        mel_frames_per_window: of a whole window.
+        mel_frames_per_frame: of one frame of the encoder's output: a convolution of stride 2 and the pooling.
+    """
+
+    sampling_rate: int = 16_000
+    hop: int = 160
+    mel_frames_per_window: int = 3000
+    mel_frames_per_frame: int = 4
+
+    @property
+    def samples(self) -> int:
+        """Samples of a whole window."""
+        return self.mel_frames_per_window * self.hop
+
+    @property
+    def frame_seconds(self) -> float:
+        """Seconds a frame stands for before any fusion, 0.04."""
+        return self.mel_frames_per_frame * self.hop / self.sampling_rate
+
+    def seconds(self, mel_frames: Any) -> Any:
+        """Returns the seconds that so many mel frames last (an integer, an array or a tensor)."""
+        return mel_frames * self.hop / self.sampling_rate
+
+    def cut(self, samples: int) -> list[tuple[int, int]]:
+        """Returns the first sample of every window of a recording of so many samples, and one past its last."""
+        return [(start, min(start + self.samples, samples)) for start in range(0, samples, self.samples)]
+
+    def mel_frames(self, samples: int) -> np.ndarray:
+        """Returns the mel frames that hold audio in every window of a recording of so many samples, `(W,)` int64."""
+        return np.array([ceil((stop - start) / self.hop) for start, stop in self.cut(samples)], dtype=np.int64)
+
+    def convolved(self, mel_frames: Any) -> Any:
+        """Returns the positions that the convolutions make of so many mel frames (integers, an array or a tensor)."""
+        return (mel_frames - 1) // 2 + 1
+
+    def count_frames(self, mel_frames: Any) -> Any:
+        """Returns the frames that the encoder makes of so many mel frames (integers, an array or a tensor).
+
+        Of 2 mel frames or fewer it makes none.
+        """
+        return self.convolved(mel_frames) // (self.mel_frames_per_frame // 2)
+
+    def own(self, mel_frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the first frame of each window that belongs to its recording, and how many do: here all, from 0 on.
+
+        Args:
+            mel_frames: `(W,)` integer, mel frames of each window that hold audio.
+        """
+        counts = self.count_frames(mel_frames).astype(np.int64)
+        return np.zeros_like(counts), counts
+
+    def place(self, mel_frames: np.ndarray, windows_per_audio: np.ndarray) -> FramePlaces:
+        """Returns where the frames of recordings lie.
+
+        Args:
+            mel_frames: `(W,)` integer, mel frames of each window that hold audio, the windows of a recording in order.
+            windows_per_audio: `(A,)` integer, windows of each recording.
+        """
+        first, counts = self.own(mel_frames)
+        recording_of = np.arange(len(windows_per_audio)).repeat(windows_per_audio)
+        lengths = np.zeros(len(windows_per_audio), dtype=np.int64)
+        np.add.at(lengths, recording_of, counts)
+        # Where each window begins in its recording: what all windows before it hold, less what earlier recordings do.
+        before = mel_frames.cumsum() - mel_frames
+        before = before - before[windows_per_audio.cumsum() - windows_per_audio][recording_of]
+        number = np.arange(counts.sum()) - (counts.cumsum() - counts).repeat(counts) + first.repeat(counts)
+        starts = before.repeat(counts) + self.mel_frames_per_frame * number
+        return FramePlaces(first, counts, lengths, starts, starts + self.mel_frames_per_frame)
+
+    def batches(self, mel_frames: np.ndarray, most: int, on_cpu: bool) -> Iterator[np.ndarray]:
+        """Yields the numbers of windows to encode together, the longest first; windows without a frame are left out.
+
+        The windows of a batch are at most twice as long as its shortest, so that each costs what its audio costs.
+
+        Args:
+            mel_frames: `(W,)` integer, mel frames of each window that hold audio.
+            most: windows of a batch, at most.
+            on_cpu: whether a batch is limited to `CPU_MEL_FRAMES` besides.
+        """
+        counts = self.count_frames(mel_frames)
+        waiting = np.argsort(-counts, kind="stable")
+        waiting = waiting[counts[waiting] > 0]
+        while len(waiting):
+            size = min(most, max(1, CPU_MEL_FRAMES // int(mel_frames[waiting[0]]))) if on_cpu else most
+            batch = waiting[:size]
+            batch = batch[2 * counts[batch] > counts[batch[0]]]
+            waiting = waiting[len(batch) :]
+            yield batch
+
+
+WINDOWS = Windows()
+
+__all__ = ["WINDOWS", "FramePlaces", "Windows"]
