@@ -11,14 +11,21 @@ try:
 
     from .audio_fastlongspeech import load_recording
     from .configuration_fastlongspeech import FastLongSpeechConfig
-    from .modeling_fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechModel
+    from .modeling_fastlongspeech import (
+        FastLongSpeechAudioOutput,
+        FastLongSpeechForConditionalGeneration,
+        FastLongSpeechModel,
+    )
     from .processing_fastlongspeech import FastLongSpeechProcessor
+    from .recordings_fastlongspeech import EncodedRecordings
 except KeyboardInterrupt:
     if hasattr(sys, "ps1"):
         raise
     sys.exit(130)  # Ctrl-C while torch loads: commands leave quietly
 
 __all__ = [
+    "EncodedRecordings",
+    "FastLongSpeechAudioOutput",
     "FastLongSpeechConfig",
     "FastLongSpeechForConditionalGeneration",
     "FastLongSpeechModel",
