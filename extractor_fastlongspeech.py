@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .compression_fastlongspeech import COMPRESSIONS, check_compression
@@ -35,6 +35,8 @@ class FastLongSpeechAudioOutput(BaseModelOutputWithPooling):
         spans: `(N, 2)` float32, the seconds of its recording that each stands for.
     """
 
+    last_hidden_state: Tensor = cast(Tensor, None)
+    pooler_output: Tensor = cast(Tensor, None)
     audio_lengths: Tensor = cast(Tensor, None)
     spans: Tensor = cast(Tensor, None)
 
@@ -50,7 +52,7 @@ class SpeechExtractor:
     """
 
     config: Any
-    audio_tower: nn.Module
+    audio_tower: Any
     ctc_decoder: FastLongSpeechCTCDecoder
     windows: Windows = WINDOWS
 

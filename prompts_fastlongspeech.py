@@ -36,7 +36,7 @@ def hear(extractor: SpeechExtractor, placeholders: Tensor, resize: bool, **audio
     Raises:
         ValueError: there are more or fewer recordings than runs, or, unless `resize`, their lengths differ from them.
     """
-    features = [audio_inputs.get(name) for name in AUDIO_FEATURES]
+    features: list[Any] = [audio_inputs.get(name) for name in AUDIO_FEATURES]
     recordings = audio_inputs.get("recordings")
     target_length, compression = audio_inputs.get("target_length"), audio_inputs.get("compression")
     runs = placeholder_runs(placeholders)
@@ -53,7 +53,7 @@ def hear(extractor: SpeechExtractor, placeholders: Tensor, resize: bool, **audio
             "run of its own, and pass windows_per_audio where one has several windows."
         )
     if recordings is None:
-        recordings = extractor._encode(*features)
+        recordings = extractor._encode(features[0], features[1], features[2])
     sized = target_length is None and not (resize and extractor.compression_or_default(compression) == "none")
     lengths = runs if sized else target_length
     if len(runs) == heard:
@@ -70,8 +70,8 @@ def _share(extractor: SpeechExtractor, recordings: Any, lengths: Any, compressio
     wanted = [None] * runs if lengths is None else torch.as_tensor(lengths).expand(runs).tolist()
     of_length = {length: extractor.compress(recordings, length, compression) for length in dict.fromkeys(wanted)}
     parts = [of_length[length] for length in wanted]
-    names = ("last_hidden_state", "pooler_output", "audio_lengths", "spans")
-    return FastLongSpeechAudioOutput(**{name: torch.cat([part[name] for part in parts]) for name in names})
+    joined: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return FastLongSpeechAudioOutput(**joined)
 
 
 def embed_prompts(

@@ -101,7 +101,7 @@ class FastLongSpeechCTCDecoder(nn.Module):
 
 def _is_plain(layer: nn.Module) -> bool:
     """Tells whether a layer holds its weights as numbers that can be multiplied: no integers of a quantised layer."""
-    weight = layer.weight
+    weight = cast(Tensor, layer.weight)
     return type(layer) is nn.Linear and type(weight.data) is Tensor and weight.is_floating_point()
 
 

@@ -201,12 +201,12 @@ class FastLongSpeechProcessor(ProcessorMixin):
         return_tensors = options.pop("return_tensors")
 
         placeholders = [] if text is None else self._count_placeholders(text)
-        heard = len(sources if recordings is None else recordings)
-        shared = recordings is not None and heard == 1
-        if text is not None and sum(placeholders) != heard and not (shared and sum(placeholders)):
+        asked, heard = sum(placeholders), len(sources if recordings is None else recordings)
+        shared = recordings is not None and heard == 1 and asked > 0
+        if text is not None and asked != heard and not shared:
             raise ValueError(
                 f"the number of {self.audio_token} tokens in the prompts should be the same as the number of "
-                f"recordings passed, got {sum(placeholders)} and {heard}."
+                f"recordings passed, got {asked} and {heard}."
             )
         for number, prompt in enumerate(text or ()):
             if 2 * self.audio_token in prompt:
@@ -218,7 +218,7 @@ class FastLongSpeechProcessor(ProcessorMixin):
             device = merged["audio_kwargs"].get("device")
             audio_inputs = self.get_audio_inputs(sources, sampling_rate, target_length, compression, device)
         else:
-            frames = recordings.lengths.numpy().repeat(sum(placeholders) if shared else 1)
+            frames = recordings.lengths.numpy().repeat(asked if shared else 1)
             audio_inputs = {"num_audio_tokens": self._count_tokens(frames, target_length, compression)}
         data: dict[str, Any] = {}
         if text is not None:

@@ -46,7 +46,9 @@ class EncodedRecordings:
     def __getitem__(self, index: int | slice | Sequence[int]) -> "EncodedRecordings":
         numbers = np.atleast_1d(np.arange(len(self))[index])
         parts = {name: getattr(self, name).split(self.lengths.tolist()) for name in TENSORS[:3]}
-        chosen = {name: torch.cat([of_each[number] for number in numbers]) for name, of_each in parts.items()}
+        chosen: dict[str, Any] = {
+            name: torch.cat([of_each[number] for number in numbers]) for name, of_each in parts.items()
+        }
         audio = tuple(self.audio[number] for number in numbers) if self.audio else ()
         return replace(self, lengths=self.lengths[torch.from_numpy(numbers)], audio=audio, **chosen)
 
