@@ -67,16 +67,16 @@ class SpeechRows(Dataset):
         return row
 
     def at(self, target_length: int) -> SpeechRows:
-        """Return the same rows, all to be fused to `target_length` frames."""
+        """Returns the same rows, all to be fused to `target_length` frames."""
         return SpeechRows(self.rows, self.columns, self.durations, self.places, target_length)
 
     def texts(self, column: str) -> list[str]:
-        """Return one column of all rows, without touching their audio."""
+        """Returns one column of all rows, without touching their audio."""
         return [row[column] for row in self.rows] if isinstance(self.rows, list) else list(self.rows[column])
 
 
 def load_rows(source: str | Path, columns: Sequence[str]) -> SpeechRows:
-    """Return the rows of a JSON-lines manifest or a `datasets` folder.
+    """Returns the rows of a JSON-lines manifest or a `datasets` folder.
 
     Args:
         source: path of the manifest, or of the folder (`folder#split` where it has several splits).
@@ -95,7 +95,7 @@ def load_rows(source: str | Path, columns: Sequence[str]) -> SpeechRows:
 
 
 def manifest_rows(path: Path, root: Path | None = None) -> list[Any]:
-    """Return what every line holds: an object, None when it is blank, a ValueError when it is no JSON.
+    """Returns what every line holds: an object, None when it is blank, a ValueError when it is no JSON.
 
     Recordings are relative to `root`, by default the manifest's folder.
     """
@@ -113,7 +113,7 @@ def manifest_rows(path: Path, root: Path | None = None) -> list[Any]:
 
 
 def open_folder(path: str, split: str) -> Any:
-    """Return the `datasets.Dataset` in a folder with all its columns; where it has several splits, the one named.
+    """Returns the `datasets.Dataset` in a folder with all its columns; where it has several splits, the one named.
 
     Raises:
         ValueError: `datasets` can't read the folder, or there is no such split.
@@ -142,7 +142,7 @@ def open_folder(path: str, split: str) -> Any:
 
 
 def _folder_rows(path: str, split: str, columns: Sequence[str]) -> Any:
-    """Return the `datasets.Dataset` in a folder, its audio left encoded."""
+    """Returns the `datasets.Dataset` in a folder, its audio left encoded."""
     import datasets
 
     found = open_folder(path, split)
@@ -155,7 +155,7 @@ def _folder_rows(path: str, split: str, columns: Sequence[str]) -> Any:
 
 
 def check_rows(rows: Any, source: str, columns: Sequence[str], label: str, first: int) -> SpeechRows:
-    """Return the usable rows with their durations, or refuse the source naming every row that is not usable.
+    """Returns the usable rows with their durations, or refuses the source and names every row that is not usable.
 
     Args:
         rows: a `datasets.Dataset`, or a list of objects, blank lines (None) and faults (ValueError).
@@ -178,7 +178,7 @@ def check_rows(rows: Any, source: str, columns: Sequence[str], label: str, first
 
 
 def refuse(source: str, faults: Sequence[str]) -> None:
-    """Raise a ValueError that names the faulty rows of a source, when there are any."""
+    """Raises a ValueError that names the faulty rows of a source, when there are any."""
     if faults:
         shown = "".join(f"\n  {fault}." for fault in faults[:FAULTS_SHOWN])
         more = f"\n  and {len(faults) - FAULTS_SHOWN} more." if len(faults) > FAULTS_SHOWN else ""
@@ -186,7 +186,7 @@ def refuse(source: str, faults: Sequence[str]) -> None:
 
 
 def _check_row(row: Any, columns: Sequence[str]) -> float | str | None:
-    """Return the seconds of a row's recording, None for a blank line, or what is wrong and how to mend it."""
+    """Returns the seconds of a row's recording, None for a blank line, or what is wrong and how to mend it."""
     if row is None:
         return None
     if isinstance(row, ValueError):

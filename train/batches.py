@@ -62,7 +62,7 @@ class StepSampler(Sampler):
                 yield step, row
 
     def steps_of(self, epoch: int) -> list[list[int]]:
-        """Return the row numbers of every step of an epoch."""
+        """Returns the row numbers of every step of an epoch."""
         rows = np.arange(len(self.durations))
         random = np.random.default_rng((self.seed, epoch))
         if self.strategy != "sequential":
@@ -80,7 +80,7 @@ class StepSampler(Sampler):
 
 
 def draw_target_length(seed: int, step: int, target_lengths: Sequence[int]) -> int:
-    """Return L of an optimiser step, uniform over `target_lengths`: L ~ U(L) of Eq. 7, a function of (seed, step)."""
+    """Returns L of an optimiser step, uniform over `target_lengths`: L ~ U(L) of Eq. 7, a function of (seed, step)."""
     return target_lengths[int(np.random.default_rng((seed, step)).integers(len(target_lengths)))]
 
 
@@ -91,7 +91,7 @@ class CTCCollator:
         self.processor = processor
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return `input_features`, `feature_attention_mask`, `windows_per_audio` and `ctc_labels`."""
+        """Returns `input_features`, `feature_attention_mask`, `windows_per_audio` and `ctc_labels`."""
         return self.processor(audio=[row["audio"] for row in rows], ctc_text=[row["text"] for row in rows])
 
 
@@ -109,7 +109,7 @@ class DCTCollator:
         self.compression = compression
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return the processor's outputs with `labels`: prompt, audio and padding are -100."""
+        """Returns the processor's outputs with `labels`: prompt, audio and padding are -100."""
         target_length = rows[0].get("target_length")
         if target_length is None:
             target_length = draw_target_length(self.seed, rows[0]["step"], self.target_lengths)
@@ -122,7 +122,7 @@ class DCTCollator:
         )
 
     def prompt(self, question: str) -> str:
-        """Return a question about one recording in the processor's chat template."""
+        """Returns a question about one recording in the processor's chat template."""
         content = [{"type": "audio"}, {"type": "text", "text": question}]
         turn = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)

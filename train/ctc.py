@@ -61,7 +61,7 @@ class CTCArguments(StageArguments):
 
 
 def build_vocabulary(texts: Sequence[str], vocab_size: int) -> bytes:
-    """Return a SentencePiece model (BPE) of `vocab_size` pieces, the same for the same texts in the same order.
+    """Returns a SentencePiece model (BPE) of `vocab_size` pieces, the same for the same texts in the same order.
 
     Raises:
         ValueError: when `vocab_size` does not fit the texts; SentencePiece's reason says which size does.
@@ -89,7 +89,7 @@ def build_vocabulary(texts: Sequence[str], vocab_size: int) -> bytes:
 
 
 def check_lengths(rows: SpeechRows, source: str, processor: FastLongSpeechProcessor) -> None:
-    """Refuse rows whose transcript CTC can't place on their frames: one frame per piece, one more between equal ones.
+    """Refuses rows whose transcript CTC can't place on their frames: one frame per piece, one more between equal ones.
 
     Raises:
         ValueError: naming every such row.
@@ -117,7 +117,7 @@ class CTCTrainer(StageTrainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Return the loss, the greedy transcription's ids (recordings, S), and the labels, both padded with -100."""
+        """Returns the loss, the greedy transcription's ids (recordings, S), and the labels, both padded with -100."""
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
         if prediction_loss_only:
             return loss, None, None
@@ -136,11 +136,11 @@ class CTCTrainer(StageTrainer):
             save_file(decoder, os.path.join(str(output_dir), "model.safetensors"), metadata={"format": "pt"})
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Warn of nothing: what a checkpoint lacks is frozen."""
+        """Warns of nothing: what a checkpoint lacks is frozen."""
 
 
 def word_error_rate(processor: FastLongSpeechProcessor, prediction: Any) -> dict[str, float]:
-    """Return `wer` of an `EvalPrediction` whose predictions and labels are ids padded with -100."""
+    """Returns `wer` of an `EvalPrediction` whose predictions and labels are ids padded with -100."""
 
     def texts(ids: np.ndarray) -> list[str]:
         return processor.ctc_decode([row[row >= 0].tolist() for row in ids])
@@ -149,7 +149,7 @@ def word_error_rate(processor: FastLongSpeechProcessor, prediction: Any) -> dict
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run stage 1."""
+    """Runs stage 1."""
     settings, training = parse_settings(CTCArguments, argv)
     output = Path(str(training.output_dir))
     checkpoint = open_run(settings, training)

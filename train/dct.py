@@ -50,7 +50,7 @@ class DCTArguments(StageArguments):
 
 
 def add_lora(model: FastLongSpeechForConditionalGeneration, settings: DCTArguments) -> PeftModel:
-    """Return the model with adapters on q, k, v, o of every layer of its language model; all else is frozen."""
+    """Returns the model with adapters on q, k, v, o of every layer of its language model; all else is frozen."""
     lora = LoraConfig(
         task_type="CAUSAL_LM",  # without it an adapter folder can't be loaded by AutoPeftModel
         r=settings.lora_r,
@@ -62,7 +62,7 @@ def add_lora(model: FastLongSpeechForConditionalGeneration, settings: DCTArgumen
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run stage 2."""
+    """Runs stage 2."""
     settings, training = parse_settings(DCTArguments, argv)
     for name in ("target_lengths", "eval_target_lengths"):
         if min(getattr(settings, name) or [1]) < 1:
