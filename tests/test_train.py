@@ -250,6 +250,26 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(stage, checkpoint, data, tmp
 
 
 @pytest.mark.parametrize("stage", [ctc, dct])
+def test_a_run_killed_before_its_export_takes_no_further_step(stage, checkpoint, data, tmp_path, monkeypatch):
+    # Four steps are one epoch of three and a part of the next.
+    more = ["--per_device_train_batch_size", 2, "--save_strategy", "steps", "--save_steps", 1]
+    whole = trained(stage, checkpoint, data, tmp_path / "whole", *more)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "killed"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage, "export", killed)
+        trained(stage, checkpoint, data, output, *more)
+    assert last_checkpoint(output) == str(output / "checkpoint-4")
+
+    resumed = trained(stage, checkpoint, data, output, *more)
+    assert not changed(whole, resumed)
+    assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 4
+
+
+@pytest.mark.parametrize("stage", [ctc, dct])
 def test_nothing_is_overwritten(stage, checkpoint, data, tmp_path):
     trained(stage, checkpoint, data, tmp_path / "out", "--max_steps", 1)
     with pytest.raises(ValueError, match="already holds a finished model; choose another, or delete it"):

@@ -54,7 +54,7 @@ Stage = TypeVar("Stage", bound=StageArguments)
 
 
 def parse_settings(stage: type[Stage], argv: Sequence[str] | None = None) -> tuple[Stage, TrainingArguments]:
-    """Return the stage's arguments and the Trainer's, from `[recipe.yaml] [--name value ...]`.
+    """Returns the stage's arguments and the Trainer's, from `[recipe.yaml] [--name value ...]`.
 
     Args:
         stage: the dataclass of the stage's own arguments.
@@ -117,7 +117,7 @@ def _check(settings: StageArguments, training: TrainingArguments) -> None:
 
 
 def open_run(settings: StageArguments, training: TrainingArguments) -> str | None:
-    """Return the checkpoint to resume from, or None for a new run; print and write down the resolved settings.
+    """Returns the checkpoint to resume from, or None for a new run; prints and writes down the resolved settings.
 
     A checkpoint that was being written when the run was killed is passed over.
 
@@ -148,14 +148,14 @@ def open_run(settings: StageArguments, training: TrainingArguments) -> str | Non
 
 
 def _resolved(settings: StageArguments, training: TrainingArguments) -> dict[str, Any]:
-    """Return all of the stage's settings, and those of the Trainer that differ from its defaults."""
+    """Returns all of the stage's settings, and those of the Trainer that differ from its defaults."""
     defaults = TrainingArguments(use_cpu=training.use_cpu).to_dict()
     changed = {name: value for name, value in training.to_dict().items() if value != defaults[name]}
     return json.loads(json.dumps({**dataclasses.asdict(settings), **changed, "use_cpu": training.use_cpu}))
 
 
 def last_checkpoint(output: Path) -> str | None:
-    """Return the last checkpoint in a folder that was written to its end, or None."""
+    """Returns the last checkpoint in a folder that was written to its end, or None."""
     for folder in sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
         try:
             json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # what the Trainer writes last
@@ -166,7 +166,7 @@ def last_checkpoint(output: Path) -> str | None:
 
 
 def export(model: PreTrainedModel, config: PreTrainedConfig, processor: ProcessorMixin, output: Path) -> None:
-    """Write a complete model folder into the output folder, `config.json` last: it marks a finished run.
+    """Writes a complete model folder into the output folder, `config.json` last: it marks a finished run.
 
     `config` is the model's from before training; the Trainer changes it (`use_cache`, special tokens).
     """
@@ -212,6 +212,12 @@ class StageTrainer(Trainer):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
         return SequentialSampler(eval_dataset)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run killed between its last checkpoint and the export resumes within its last epoch, with no step left.
+        # The Trainer looks for the end only after a step, so it would take one too many.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         if model.training:
