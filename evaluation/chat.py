@@ -21,20 +21,25 @@ class Chat:
     Args:
         model: its name at the endpoint; by default the environment's OPENAI_MODEL.
         base_url: of the endpoint, up to `/v1`; by default OPENAI_BASE_URL, then OpenAI's own.
-        api_key: by default OPENAI_API_KEY; an endpoint of one's own often needs none.
+
+    The key comes from OPENAI_API_KEY alone: every user of a machine can read the arguments of a command (`ps`). An
+    endpoint of one's own often needs none.
 
     Raises:
         ValueError: the model is not named, or the key is missing.
     """
 
-    def __init__(self, model: str | None = None, base_url: str | None = None, api_key: str | None = None) -> None:
+    def __init__(self, model: str | None = None, base_url: str | None = None) -> None:
         self.model = model or os.environ.get("OPENAI_MODEL", "")
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-        api_key = api_key or os.environ.get("OPENAI_API_KEY") or ("none" if base_url else None)
+        api_key = os.environ.get("OPENAI_API_KEY") or ("none" if base_url else None)
         if not self.model:
             raise ValueError("the language model is not named; pass its name, or set OPENAI_MODEL.")
         if api_key is None:
-            raise ValueError("OpenAI's endpoint needs a key; set OPENAI_API_KEY, or pass the URL of another endpoint.")
+            raise ValueError(
+                "OPENAI_API_KEY is not set, and OpenAI's endpoint needs a key; set it in the environment, or pass the URL "
+                "of another endpoint."
+            )
         self.client = openai.OpenAI(base_url=base_url, api_key=api_key, max_retries=RETRIES, timeout=TIMEOUT_SECONDS)
 
     def reply(self, prompt: str) -> str:
@@ -50,6 +55,10 @@ class Chat:
             )
         except openai.BadRequestError as error:
             raise PromptRefused(f"{self.model} refused a prompt of {len(prompt)} characters: {error}") from error
+        except openai.AuthenticationError as error:
+            raise ValueError(
+                f"{self.client.base_url} refused the key; set OPENAI_API_KEY in the environment to one that it takes."
+            ) from error
         except openai.OpenAIError as error:
             raise ValueError(
                 f"{self.model} at {self.client.base_url} did not answer ({error}); what was answered is saved: "

@@ -236,15 +236,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
     parser.add_argument("--model", help="rewrites the documents (default: $OPENAI_MODEL)")
     parser.add_argument("--check-model", help="checks the questions (default: the same model)")
-    parser.add_argument("--url", help="OpenAI-compatible endpoint of both (default: $OPENAI_BASE_URL)")
-    parser.add_argument("--key", help="default: $OPENAI_API_KEY")
+    parser.add_argument(
+        "--url", help="OpenAI-compatible endpoint of both (default: $OPENAI_BASE_URL); its key: $OPENAI_API_KEY"
+    )
     parser.add_argument("--words", type=int, default=WORDS, metavar="N", help=f"of a spoken text (default: {WORDS})")
     parser.add_argument("--speak", default=SPEAK, metavar="COMMAND", help=f"synthesizer (default: {SPEAK})")
     parser.add_argument("--workers", type=int, default=8, metavar="N", help="documents at a time")
     arguments = parser.parse_args(argv)
     documents = read_documents(arguments.documents)
-    writer = Chat(arguments.model, arguments.url, arguments.key)
-    checker = Chat(arguments.check_model or writer.model, arguments.url, arguments.key)
+    writer = Chat(arguments.model, arguments.url)
+    checker = Chat(arguments.check_model or writer.model, arguments.url)
     options = {name: getattr(arguments, name) for name in ("words", "speak", "workers")}
     build(documents, arguments.output, writer, checker, **options)
 

@@ -70,8 +70,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
     parser.add_argument("--judge", action="store_true", help="score the answers 1 to 5 by a language model")
     parser.add_argument("--judge-model", help="its name (default: $OPENAI_MODEL)")
-    parser.add_argument("--judge-url", help="OpenAI-compatible endpoint (default: $OPENAI_BASE_URL)")
-    parser.add_argument("--judge-key", help="default: $OPENAI_API_KEY")
+    parser.add_argument(
+        "--judge-url", help="OpenAI-compatible endpoint (default: $OPENAI_BASE_URL); its key: $OPENAI_API_KEY"
+    )
     parser.add_argument("--judge-template", metavar="FILE", help="prompt with {question}, {reference}, {response}")
     parser.add_argument("--judge-workers", type=int, default=8, metavar="N", help="requests at a time")
     arguments = parser.parse_args(argv)
@@ -118,7 +119,7 @@ def find_judge(arguments: argparse.Namespace, benchmark: QuestionSet) -> tuple[C
         return None, ""
     if benchmark.metric != "answer":
         raise ValueError(f"--judge is for free answers; the rows of {arguments.data} have others; leave it out.")
-    chat = Chat(arguments.judge_model, arguments.judge_url, arguments.judge_key)
+    chat = Chat(arguments.judge_model, arguments.judge_url)
     return chat, read_template(arguments.judge_template)
 
 

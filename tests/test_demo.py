@@ -210,7 +210,7 @@ def test_the_projector_says_whether_a_man_or_a_woman_speaks(
     assert sideways.abs().max() < 1e-3 * said.abs().max()
 
 
-def test_checkpoints_are_averaged(checkpoint: Path, tmp_path: Path) -> None:
+def test_checkpoints_are_averaged_and_stored_in_float16(checkpoint: Path, tmp_path: Path) -> None:
     before = load_file(checkpoint / "model.safetensors")
     for name in ("before", "after"):
         shutil.copytree(checkpoint, tmp_path / name)
@@ -218,11 +218,15 @@ def test_checkpoints_are_averaged(checkpoint: Path, tmp_path: Path) -> None:
     save_file({name: weight + 1 for name, weight in before.items()}, tmp_path / "after" / "model.safetensors")
     average.average(tmp_path / "before", tmp_path / "after", tmp_path / "mean")
     for name, weight in load_file(tmp_path / "mean" / "model.safetensors").items():
-        torch.testing.assert_close(weight, before[name] + 0.5)
+        torch.testing.assert_close(weight, (before[name] + 0.5).half(), rtol=1e-3, atol=0)
     assert not (tmp_path / "mean" / "checkpoint-5").exists()
-    assert FastLongSpeechForConditionalGeneration.from_pretrained(tmp_path / "mean").config.ctc_vocab_size
+    model = FastLongSpeechForConditionalGeneration.from_pretrained(tmp_path / "mean")
+    assert model.config.ctc_vocab_size and model.dtype == torch.float32  # float16 is for storage alone
     with pytest.raises(FileExistsError, match="is there already"):
         average.average(tmp_path / "before", tmp_path / "after", tmp_path / "mean")
+    save_file({name: weight + 2e5 for name, weight in before.items()}, tmp_path / "after" / "model.safetensors")
+    with pytest.raises(ValueError, match="float16 ends at 65504"):
+        average.average(tmp_path / "before", tmp_path / "after", tmp_path / "large")
     save_file({"other": torch.zeros(1)}, tmp_path / "after" / "model.safetensors")
     with pytest.raises(ValueError, match="weights of other names or shapes"):
         average.average(tmp_path / "before", tmp_path / "after", tmp_path / "wrong")

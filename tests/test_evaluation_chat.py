@@ -17,7 +17,7 @@ import soundfile
 from fastlongspeech.app import cli
 from fastlongspeech.data.tasks import load_questions
 from fastlongspeech.evaluation import chat as chat_module
-from fastlongspeech.evaluation import longspeech_eval
+from fastlongspeech.evaluation import longspeech_eval, run
 from fastlongspeech.evaluation.chat import Chat, PromptRefused, fill, find_object
 from fastlongspeech.evaluation.journal import read_journal
 from fastlongspeech.evaluation.judge import RUBRIC, judge, parse_score, read_template
@@ -77,8 +77,9 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
 # The endpoint
 
 
-def test_a_prompt_is_asked_at_temperature_zero(endpoint):
-    assert Chat("judge-7b", endpoint.url, "secret").reply("Hi?") == "hello"
+def test_a_prompt_is_asked_at_temperature_zero(endpoint, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    assert Chat("judge-7b", endpoint.url).reply("Hi?") == "hello"
     (request,) = endpoint.requests
     assert request["path"] == "/v1/chat/completions" and request["key"] == "Bearer secret"
     assert request["model"] == "judge-7b" and request["temperature"] == 0
@@ -88,7 +89,7 @@ def test_a_prompt_is_asked_at_temperature_zero(endpoint):
 def test_model_and_endpoint_come_from_the_environment_too(endpoint, monkeypatch):
     with pytest.raises(ValueError, match="set OPENAI_MODEL"):
         Chat(base_url=endpoint.url)
-    with pytest.raises(ValueError, match="set OPENAI_API_KEY"):
+    with pytest.raises(ValueError, match="OPENAI_API_KEY is not set"):
         Chat("gpt")
     monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
     monkeypatch.setenv("OPENAI_MODEL", "llama")
@@ -105,6 +106,9 @@ def test_failures_are_tried_again_and_refusals_are_not(endpoint):
     with pytest.raises(PromptRefused, match="refused a prompt of 1 characters"):
         Chat("m", endpoint.url).reply("?")
     assert len(endpoint.requests) == 4
+    endpoint.reply = lambda prompt: 401
+    with pytest.raises(ValueError, match="refused the key; set OPENAI_API_KEY in the environment"):
+        Chat("m", endpoint.url).reply("?")
     endpoint.reply = lambda prompt: 503
     with pytest.raises(ValueError, match="run the same command again"):
         Chat("m", endpoint.url).reply("?")
@@ -193,7 +197,15 @@ def test_a_refused_prompt_has_no_score_and_does_not_stop_the_others(endpoint, tm
         judge(rows[1:2], chat, RUBRIC, path, workers=2)
 
 
-def test_evaluate_adds_the_judges_scores_to_a_run(endpoint, checkpoint, tmp_path, capsys):
+@pytest.mark.parametrize("parse", [run.parse_arguments, longspeech_eval.main])
+def test_no_argument_takes_a_key_which_others_could_read(parse, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    options = capsys.readouterr().out
+    assert "-url" in options and "OPENAI_API_KEY" in options and "-key" not in options
+
+
+def test_evaluate_adds_the_judges_scores_to_a_run(endpoint, checkpoint, tmp_path, monkeypatch, capsys):
     soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(16000), 16000)
     rows = [{"audio": "a.wav", "question": question, "answer": "he"} for question in ("Who?", "Why?", "When?")]
     (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -203,7 +215,8 @@ def test_evaluate_adds_the_judges_scores_to_a_run(endpoint, checkpoint, tmp_path
     command = [str(word) for word in command]
     assert cli.main(command) == 0
     endpoint.reply = lambda prompt: "?" if prompt.startswith("When?|he|") else '{"score": 1}'
-    options = ["--judge", "--judge-model", "m", "--judge-url", endpoint.url, "--judge-key", "s3cr3t"]
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cr3t")
+    options = ["--judge", "--judge-model", "m", "--judge-url", endpoint.url]
     assert cli.main([*command, *options, "--judge-template", str(tmp_path / "mine.txt")]) == 0
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["scores"]["judge"]["value"] == 1 and summary["unparsable_verdicts"] == 1
