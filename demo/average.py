@@ -2,12 +2,12 @@
 
     python -m fastlongspeech.demo.average work/dct work/dct-long work/average
 
-Training on other data makes a model forget. The mean of both remembers most of that, and keeps most of what was gained
-(Wortsman et al., "Robust fine-tuning of zero-shot models", arXiv 2109.01903, who take the plain mean where nothing is
-tuned). All but the weights is copied from the first checkpoint, such as the lengths L it was trained with.
+Training on other data makes a model forget. The mean of both remembers most of that, and keeps most of what was
+gained (Wortsman et al., "Robust fine-tuning of zero-shot models", arXiv 2109.01903, who take the plain mean where
+nothing is tuned). All but the weights is copied from the first checkpoint, such as the lengths L it was trained with.
 
-The weights are written in float16, which takes half the space. Whoever loads them still computes in float32: `dtype` in
-`config.json` says so, and `from_pretrained` follows it.
+The weights are written in float16, which takes half the space. Whoever loads them still computes in float32: `dtype`
+in `config.json` says so, and `from_pretrained` follows it.
 """
 
 import argparse

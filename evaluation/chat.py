@@ -37,8 +37,8 @@ class Chat:
             raise ValueError("the language model is not named; pass its name, or set OPENAI_MODEL.")
         if api_key is None:
             raise ValueError(
-                "OPENAI_API_KEY is not set, and OpenAI's endpoint needs a key; set it in the environment, or pass the URL "
-                "of another endpoint."
+                "OPENAI_API_KEY is not set, and OpenAI's endpoint needs a key; set it in the environment, or pass the "
+                "URL of another endpoint."
             )
         self.client = openai.OpenAI(base_url=base_url, api_key=api_key, max_retries=RETRIES, timeout=TIMEOUT_SECONDS)
 

@@ -60,14 +60,26 @@ def parse(
     models: tuple[str, str] | None = None,
     seconds: Sequence[int] | None = None,
 ) -> argparse.Namespace:
-    """Returns the options that all benchmarks have, `dtype` as torch's; and `--model`, where it has defaults on a CPU
-    and on a GPU, and `--seconds`, where there are durations to choose among."""
+    """Returns the options of a benchmark; `dtype` is torch's.
+
+    Args:
+        description: what `--help` says.
+        argv: the command line; `sys.argv[1:]` when None.
+        models: defaults of `--model` on a CPU and on a GPU; without them there is no such option.
+        seconds: durations that `--seconds` may choose; without them there is no such option.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=found, help="such as cpu, cuda or cuda:1 (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--repeats", type=int, default=REPEATS, metavar="N", help="timed runs after one to warm up")
-    parser.add_argument("--limit", type=float, default=LIMIT, metavar="S", help="leave out what a run of takes longer")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=LIMIT,
+        metavar="S",
+        help="skip cases where one run would take longer than S seconds",
+    )
     parser.add_argument("--output", type=Path, help="file of results (default: in speed/results/; --quick: none)")
     parser.add_argument("--resume", action="store_true", help="keep the cases that the file of results has")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and one run, to see that it works")
@@ -154,8 +166,14 @@ class Goal(NamedTuple):
 
 
 def growth(name: str, times: Mapping[int, float]) -> list[Goal]:
-    """Returns the goal of a cost linear in duration, from the times of recordings by their seconds, where two of them
-    last ten minutes or more; what does not depend on duration is little there."""
+    """Returns the goal that time grows no faster than duration; no goal without two recordings of ten minutes or more.
+
+    In shorter ones the part that does not depend on duration weighs too much.
+
+    Args:
+        name: what was measured.
+        times: seconds that a recording took, by the seconds that it lasts.
+    """
     long = {duration: time for duration, time in times.items() if duration >= 600}
     if len(long) < 2:
         return []
@@ -166,15 +184,17 @@ def growth(name: str, times: Mapping[int, float]) -> list[Goal]:
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
-    """Makes this process keep the memory it frees, and not give large tensors' back to the system, which then has to
-    make every page of the next one anew. How long that takes can change within minutes on a virtual machine, and then
-    it is that which a benchmark measures.
+    """Keeps glibc from returning freed memory to the system, so that page faults do not distort timings.
 
-    Otherwise tensors of more than 32 MB are given back, which is where glibc's thresholds end up when it adjusts them
-    itself (mallopt(3)).
+    Memory of a large tensor normally goes back to the system when it is freed, and every page of the next tensor has
+    to be made anew. On a virtual machine the time for that can change within minutes.
+
+    Args:
+        keep: False undoes it: memory of tensors above 32 MB goes back. That is where glibc's own thresholds end up
+            (mallopt(3)).
 
     Returns:
-        Whether it is so: only glibc can be told.
+        Whether freed memory is kept now; never without glibc.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -238,8 +258,8 @@ def free_bytes(device: str) -> float:
 class Benchmark:
     """Measures cases and keeps what it measured: the machine, and a row for every case.
 
-    A row is `{"case": ..., "calls": {name: {"seconds": median, "runs": [...], "bytes": peak}}}`, with
-    `{"left_out": why}` in the place of the figures of a call that was not run. The file is written after every case.
+    A row is `{"case": ..., "calls": {name: {"seconds": median, "runs": [...], "bytes": peak}}}`. A call that was not
+    run has `{"left_out": why}` instead of its figures. The file is written after every case.
 
     Args:
         name: of the benchmark, begins the name of the file.
@@ -289,16 +309,16 @@ class Benchmark:
         work: Mapping[str, float] | float = 0,
         needs: Mapping[str, float] | float = 0,
     ) -> dict[str, Any]:
-        """Returns the row of a case: each call runs once to warm up, and then all in turn, as often as wanted.
+        """Returns the row of a case: each call runs once to warm up, then all run in turn, `--repeats` times.
 
-        Each time they run in another order, as the one before leaves the caches to the next.
+        The order changes each time, because a call finds the caches as the one before left them.
 
         Args:
             case: what distinguishes it from the others.
             calls: what is measured, by name.
-            work: how much each does, in any unit; a call that would last longer than the limit, to judge by the case
-                before, is left out.
-            needs: bytes each takes; where they aren't free, it is left out.
+            work: how much each does, in any unit. From its speed in the case before follows how long a call will take;
+                one above the limit is left out.
+            needs: bytes each takes; a call for which they are not free is left out.
         """
         works = work if isinstance(work, Mapping) else dict.fromkeys(calls, work)
         for row in self.results["rows"]:
@@ -338,8 +358,10 @@ class Benchmark:
         return row
 
     def _learn(self, row: dict[str, Any], works: Mapping[str, float]) -> None:
-        """Notes how fast the calls of a row are at their best, by which the next case is judged: a run that something
-        else on the machine held up says nothing of it."""
+        """Notes the best speed of every call, from which `measure` expects the time of the next case.
+
+        The best, because other work on the machine may have held up the slower runs.
+        """
         for name, call in row["calls"].items():
             if "runs" in call and works.get(name):
                 self._seconds_per_work[name] = min(call["runs"]) / works[name]
@@ -404,7 +426,7 @@ def changed(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def ratio(row: dict[str, Any], name: str, to: str) -> float | None:
-    """Returns how long one call took in terms of another, the median of their pairs; None where one has no figures."""
+    """Returns the time of one call divided by that of another, the median over their pairs; None without figures."""
     pair = [row["calls"].get(call, {}).get("runs") for call in (name, to)]
     if not all(pair):
         return None
@@ -412,8 +434,10 @@ def ratio(row: dict[str, Any], name: str, to: str) -> float | None:
 
 
 def figure(row: dict[str, Any], name: str, field: str, scale: float = 1) -> str:
-    """Returns a call's `"seconds"` or `"bytes"` for a table, or why it has none; where its longest run took more than
-    half as long again as the shortest, with their range."""
+    """Returns a call's `"seconds"` or `"bytes"` for a table, or why it has none.
+
+    The range stands beside it where the longest run took over 1.5 times as long as the shortest.
+    """
     call = row["calls"].get(name, {})
     if "left_out" in call:
         return call["left_out"]

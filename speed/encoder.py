@@ -1,8 +1,8 @@
-"""The encoder against the stock one of transformers, which reads 30 s for every clip, however short.
+"""The encoder, compared with the stock one of transformers, which reads 30 s for every clip, however short.
 
     python -m fastlongspeech.speed.encoder --device cpu
 
-The same random weights and the same windows in both; the frames they give are compared by the tests.
+Both have the same random weights and read the same windows. A test compares the frames they give.
 """
 
 from collections.abc import Sequence

@@ -1,13 +1,18 @@
-"""The paper's costs beside those counted at the sizes of Qwen2-Audio-7B, without weights and within minutes.
+"""The paper's costs, and the operations counted at the sizes of Qwen2-Audio-7B. Needs no weights, takes minutes.
 
     python -m fastlongspeech.speed.flops
 
-The paper's reading that fits its figures for short clips: one prefill and no answer, every window encoded at its full
-30 s, logits of the vocabulary at every position, a CTC decoder of two matrices, asked anew in every round of the
-ladder 400, 200, 100, 50. Frames and text tokens of the mean clip are fitted: the paper does not give them.
-LongSpeech-Eval is counted for one recording of its mean duration, halved by Eq. 5, with 40 text tokens; a spread of
-durations would add to what every frame costs, and hardly change ours. The densities are counted as a GPU takes them,
-of all frames in every round; a CPU leaves out those that have not changed.
+The paper does not say what its figures count. They fit, for short clips, if we count:
+
+- one prefill and no answer;
+- every window encoded at its full 30 s;
+- logits of the vocabulary at every position;
+- a CTC decoder of two matrices, which weighs all frames in every round of the ladder 400, 200, 100, 50.
+
+Nor does it give the frames and text tokens of the mean clip; we chose those that fit best. LongSpeech-Eval is counted
+for one recording of its mean duration, halved by Eq. 5, with 40 text tokens. Real durations spread around the mean.
+That would add to the cost of every frame and hardly change ours. Our densities are counted as a GPU takes them: of all
+frames in every round. A CPU leaves out frames that have not changed.
 """
 
 import json
@@ -143,13 +148,13 @@ def report(results: dict[str, Any]) -> str:
     headings += [f"{ANSWER_TOKENS - 1} more tokens, {name}" for name in ("L = 400", EVERY_FRAME)]
     return "\n\n".join(
         [
-            "TFLOPs of a mean clip, in the paper and counted; what this package saves, and what it then takes:",
+            "TFLOPs of a mean clip: in the paper, counted, what this package saves, and what it takes:",
             table(
                 ["data, method", "frames + text", "paper", "counted", "off by", *saved, "this package", "less"], papers
             ),
-            f"Not explained to 2 %: {'; '.join(unexplained) or 'nothing'}.",
-            "TFLOPs to the first token by duration, first in terms of every frame's; then the parts, and the rest of "
-            f"an answer of {ANSWER_TOKENS} tokens:",
+            f"Our count is off by more than 2 % for: {'; '.join(unexplained) or 'none'}.",
+            "TFLOPs to the first token by duration: first divided by those of every frame, then in full, by part, and "
+            f"for the rest of an answer of {ANSWER_TOKENS} tokens:",
             table(["recording, s", *headings], durations),
         ]
     )

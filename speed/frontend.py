@@ -1,10 +1,10 @@
-"""The front end: decoding a file, and log-mel features, on the CPU and, where there is a GPU, on it.
+"""The front end: decoding a file, and making its log-mel features, on the CPU and on a GPU if there is one.
 
     python -m fastlongspeech.speed.frontend --device cpu
 
-Files of noise in a temporary folder: FLAC at 16 kHz, one channel; WAV and MP3 at 44.1 kHz, two channels, which are
-mixed and resampled. The features are compared with those of transformers' extractor for all windows at once. The
-memory is the GPU's where `--device` is one.
+The files hold noise: FLAC at 16 kHz with one channel, WAV and MP3 at 44.1 kHz with two, which are mixed and resampled.
+Our features, made window by window, are compared with those of transformers' extractor for all windows at once. With
+`--device` a GPU, memory is the GPU's.
 """
 
 import tempfile

@@ -1,21 +1,23 @@
-"""Density and fusion against the loop a reader of the paper would write, and against the encoder.
+"""Density and fusion, compared with the loop that a reader of the paper would write, and with the encoder.
 
     python -m fastlongspeech.speed.fusion --device cpu
 
-With random weights of the model's sizes. Every recording is fused to 400 frames. The loop goes through the recordings
-one by one, and its CTC decoder has two matrices as in the paper's release, or their product. All results are compared,
-in float32: where two methods chose the same span, its frame must be the same to 1e-4 of the largest element; where two
-similarities are equal but for rounding, the choice may differ. The encoder's time is that of one window, of a batch of
-8 on a GPU, times the recording's windows.
+The weights are random, of the model's sizes. Every recording is fused to 400 frames. The loop goes through the
+recordings one by one. Its CTC decoder has two matrices, as in the paper's release, or their product. All results are
+compared in float32. Where two methods choose the same span, its frame must be the same to 1e-4 of the largest element.
+Where two similarities are equal but for rounding, the methods may choose different spans. The encoder's time is that
+of one window (on a GPU of a batch of 8), times the recording's windows.
 
-The last columns are of a profile (torch.profiler): the share of the time that goes into matrix products. On a CPU they
-are most of ours. Up to 800 frames there is one round, in which the loop with one matrix makes the same product; "all
-weighed" is our own code once more there, and tells by how much equal things differ. At 7B sizes two matrices take 3.6
-times the operations of their product; the ratio falls short of that by the rest of the time, which is mostly the
-softmax over the vocabulary, and by how fast a CPU multiplies matrices of each size. Found by a profile and mended: in
-later rounds a CPU weighs only the frames that the round before has fused (beside it stands what it takes to weigh
-all); segment_reduce, which sums in a fixed order on a GPU, takes ten times as long on a CPU as index_add_, whose order
-is fixed there.
+The last columns come from torch.profiler: the share of the time that goes into matrix products. On a CPU it is most of
+our time. Up to 800 frames there is one round, and the loop with one matrix makes the same product as our code. "All
+weighed" is our code with one change: it weighs all frames in every round. Up to 800 frames that changes nothing, so
+the ratio there shows the measurement noise. At 7B sizes two matrices take 3.6 times the operations of their product.
+The measured ratio is smaller for two reasons: the rest of the time is the same in both (mostly the softmax over the
+vocabulary), and a CPU multiplies matrices of some sizes faster than others.
+
+A profile led to two changes. In later rounds a CPU weighs only the frames that the round before has fused; "all
+weighed" shows what that saves. And sums on a CPU use index_add_, whose order is fixed there. segment_reduce, which has
+a fixed order on a GPU, takes ten times as long on a CPU.
 """
 
 import sys

@@ -2,13 +2,15 @@
 
     python -m fastlongspeech.speed.prefill --device cuda
 
-Ours at several L and average pooling, against reading every frame, which is what NTK-RoPE does: it changes the base of
-the rotary positions, which takes no time, so the same weights serve for all. Every method computes logits at the last
-position alone, save the stock model of transformers, which reads at most 30 s. A batch holds recordings of the same
-duration. Beside the times stand the counted operations, see `app/cost.py`. They tell the ratio of times where the
-encoder does as many a second as the language model; a table says how many each does and, on a CPU, what a profile of
-each (torch.profiler) finds: how much of its time goes into matrix products, and how much into attention, whose softmax
-is not counted.
+Our method at several L and average pooling are compared with reading every frame, as NTK-RoPE does. NTK-RoPE changes
+the base of the rotary positions. That takes no time, so all methods run on the same weights. Every method computes
+logits at the last position alone. The exception is the stock model of transformers, which reads at most 30 s. A batch
+holds recordings of the same duration.
+
+Beside the times stand the counted operations (see `app/cost.py`). Their ratio is the ratio of times only where the
+encoder does as many operations a second as the language model. So a table says how many each does. On a CPU it also
+says what a profile (torch.profiler) finds: how much of the time goes into matrix products, and how much into
+attention, whose softmax is not counted.
 """
 
 from collections import Counter
@@ -192,13 +194,11 @@ def report(results: dict[str, Any]) -> str:
                 speeds[-1] += [f"{shares[name]:.0%}" if name in shares else "" for name in OPERATORS]
     first = ["recording, s", "batch"]
     parts = ["encoder", "language model"]
-    of_parts = [
-        "Operations a second when every frame is read, in GFLOP/s, and what the time of these parts goes into:"
-    ]
+    of_parts = ["Speed of each part when every frame is read, in GFLOP/s, and the shares of its time:"]
     of_parts += [table(first + parts + [f"{part}, in {name}" for part in parts for name in OPERATORS], speeds)]
     return "\n\n".join(
         [
-            "Seconds in terms of those of every frame, and in brackets the counted operations likewise:",
+            "Seconds divided by those of every frame; in brackets, the same ratio of counted operations:",
             table(first + others, ratios),
             *(of_parts if speeds else []),
             "Seconds to the first token:",

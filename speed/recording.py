@@ -2,8 +2,8 @@
 
     python -m fastlongspeech.speed.recording --device cpu
 
-A FLAC file of noise, as long as an hour and as ten, goes through everything that `fastlongspeech ask` does. Every
-duration is run once, after a second to warm up; `--repeats` and `--limit` have no meaning here. The memory is that of
+FLAC files of noise, the longest of ten hours, go through everything that `fastlongspeech ask` does. One second of
+audio warms up, then every duration runs once, so `--repeats` and `--limit` have no meaning here. Memory is that of
 the process and, on a GPU, also the GPU's.
 """
 

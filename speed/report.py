@@ -32,19 +32,21 @@ SECTIONS: dict[str, tuple[str, Any]] = {
 WITH_GOALS: dict[str, Any] = {"fusion": fusion, "prefill": prefill, "recording": recording}
 HEAD = """# Cost and speed
 
-Written by `python -m fastlongspeech.speed.report` from the files in `speed/results/`; each table stands
-under the command that measured it. In a clean clone, `make test` makes the environment for these commands in `.venv`
-(`. .venv/bin/activate`); `--device` names another device, and `--quick` shows in seconds that a script works. What a
-recording of yours costs, before it is run:
+`python -m fastlongspeech.speed.report` writes this page from the files in `speed/results/`. Each table stands under
+the command that measured it. In a clean clone, `make test` makes the environment for these commands in `.venv`;
+activate it with `. .venv/bin/activate`. `--device` names another device, and `--quick` shows in seconds that a script
+works.
+
+This says what a recording of yours costs, before it is run:
 
 ```bash
 fastlongspeech cost interview.mp3 --target-length 400 --model Qwen/Qwen2-Audio-7B-Instruct
 ```
 
-Times are medians over repeats after one run to warm up, and ratios are medians over pairs that ran in turn, unless a
-section says otherwise; where the longest run took more than half as long again as the shortest, their range stands
-beside the median, and ratios of such runs say little. Memory is the peak of a run beyond what was held before it.
-"Every frame" is what NTK-RoPE reads, whose stretched positions cost nothing by themselves.
+Unless a section says otherwise, times are medians over repeats after one run to warm up, and ratios are medians over
+pairs that ran in turn. Where the longest run took over 1.5 times as long as the shortest, the range stands beside the
+median; ratios of such runs say little. Memory is the peak of a run beyond what was held before it. "Every frame" is
+what NTK-RoPE reads; its stretched positions cost nothing by themselves.
 """
 
 

@@ -1,17 +1,23 @@
-"""What might speed up the encoder, each in an interleaved pair with the encoder as it is.
+"""Changes that might speed up the encoder, each run in turn with the encoder as it is.
 
     python -m fastlongspeech.speed.trials --device cpu
 
-30 s windows, random weights. A trial pays if it takes 5 % off or more. The largest batch is what half of the free
-memory holds, at most 64 windows on a GPU and 16 on a CPU, where more take minutes. Those about the convolutions are
-measured on the convolutions alone, whose share of the encoder's time is the first of them: no trial there can save
-more than that. Half precision on a CPU is tried on one window. Mel features on the GPU are in `frontend.py`.
+Windows of 30 s, random weights. A trial pays if it saves 5 % of the time or more. The largest batch is what half of
+the free memory holds, at most 64 windows on a GPU and 16 on a CPU, where more take minutes. Trials about the
+convolutions are measured on the convolutions alone. The first of them shows the convolutions' share of the encoder's
+time, and no trial there can save more than that. Half precision on a CPU is tried on one window. Mel features on the
+GPU are in `frontend.py`.
 
-Kept: no more than a minute of audio in a batch on a CPU, as larger batches take as long or longer, and more memory;
-positions past the end of the audio left out (see "Encoder"); mel features of one window at a time (see "Decoding and
-mel features"); the product of the CTC decoder's matrices and, on a CPU, densities of fused frames alone (see "Density
-and fusion"). Dropped: what the table says does not pay. The other benchmarks keep freed memory all the same, for the
-sake of steadier times.
+Kept:
+
+- On a CPU a batch holds a minute of audio at most. Larger batches are no faster and take more memory.
+- Positions past the end of the audio are left out (see "Encoder").
+- Mel features are made one window at a time (see "Decoding and mel features").
+- The CTC decoder's two matrices are multiplied ahead, and a CPU weighs only fused frames anew (see "Density and
+  fusion").
+
+All that does not pay, by the table, is dropped. Here freed memory goes back to the system, as it does for users. The
+other benchmarks keep it, which makes their times steadier.
 """
 
 import copy
