@@ -1,7 +1,8 @@
 """How a question about a recording is answered: by the frames of the recording, or by its transcript.
 
-Follow one batch: recordings -> frames -> embeddings, of each recording once -> prompts with as many placeholders, each
-recording read once for all its questions -> greedy answers. Questions get the same answers in a batch and one by one.
+Follow one batch: recordings -> frames -> embeddings -> prompts with as many placeholders -> greedy answers. Each
+recording is encoded once, and the language model reads it once for all its questions. A question gets the same answer
+in a batch and alone.
 """
 
 import re
@@ -50,7 +51,8 @@ def answer_batch(
 ) -> list[Answer]:
     """Returns the greedy answers to questions in one batch.
 
-    What neighbours about the same recording begin with, the recording above all, goes through the language model once.
+    Neighbouring questions about the same recording begin alike: with the recording. The language model reads that
+    common beginning once.
 
     Args:
         model, processor: a FastLongSpeech and its processor.
@@ -114,8 +116,8 @@ class Answerer:
         target_length: L, for a compression; None: the model's.
         max_new_tokens: of every answer.
         cascade_prompt: what a cascade asks, with `{transcript}` and `{question}`; None: `CASCADE`.
-        frames: where the frames of recordings are kept by name, in main memory, and looked for, for other methods and
-            for other models with the same encoder; None: they are not kept.
+        frames: keeps the frames of recordings by name, in main memory, so that other methods, and other models with
+            the same encoder, find them; None: they are not kept.
     """
 
     def __init__(

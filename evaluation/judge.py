@@ -62,10 +62,10 @@ def parse_score(reply: str) -> float | None:
 
 
 def judge(predictions: Sequence[dict[str, Any]], chat: Chat, template: str, path: Path, workers: int) -> list[Any]:
-    """Returns the score of every prediction, None where the judge's reply has none or its endpoint refused the prompt.
+    """Returns the score of every prediction; None where the judge's reply has no score, or the prompt was refused.
 
-    Every verdict is saved as it comes, with the reply; what is already saved of this judge and the same prompt is not
-    asked again.
+    Every verdict is saved with the reply as it comes. This judge is not asked the same prompt again once its verdict
+    is saved; a refused prompt is asked again by the next call.
 
     Args:
         predictions: with `question`, `answers` and `prediction`.

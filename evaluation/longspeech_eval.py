@@ -4,13 +4,15 @@
         --model gpt-4o --check-model meta-llama/Llama-3.1-70B-Instruct
 
 Documents are JSON lines of `document`, `question`, `answer` (a text, or a list of equally good ones), or of
-LongBench's `context`, `input`, `answers`. Documents with many formulas or in another language are dropped; a language
-model rewrites the others as spoken text, then says which questions that text still answers; a speech synthesizer
-speaks it.
+LongBench's `context`, `input`, `answers`. Documents with many formulas or in another language are dropped. A language
+model rewrites the others as spoken text and says which questions that text still answers. A synthesizer speaks it.
 
-Into the output folder: `dataset`, a `datasets` folder with a row for every question (`audio`, `question`, `answer`,
-`duration` in seconds, `document`, `text`); `rejected.jsonl`, every document and question left out, with the reason;
-`documents.jsonl` and `speech/`, what a run that was stopped goes on from.
+The output folder gets
+
+- `dataset`, a `datasets` folder with a row for every question: `audio`, `question`, `answer`, `duration` in seconds,
+  `document`, `text`;
+- `rejected.jsonl`, every document and question left out, with the reason;
+- `documents.jsonl` and `speech/`, from which a run that was stopped goes on.
 """
 
 import argparse

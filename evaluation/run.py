@@ -4,9 +4,9 @@
         --compression iterative_fusion --target-length 200 --output results/short-200
     accelerate launch --num_processes 4 -m fastlongspeech evaluate ...
 
-Into the output folder: `predictions.jsonl`, every answer with its scores; `verdicts.jsonl`, the judge's replies;
-`summary.json`, the figures with the settings and versions, printed as well. A run that was stopped goes on where it
-was; the same command again, with a judge, adds the judge's scores.
+The output folder gets `predictions.jsonl` (every answer with its scores), `verdicts.jsonl` (the judge's replies) and
+`summary.json` (the figures with the settings and versions, printed as well). To go on after an interruption, give the
+same command again. Given with a judge, it adds the judge's scores.
 """
 
 import argparse
@@ -51,8 +51,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--subset", help="configuration of a Hub dataset, or AIR-Bench's task and dataset")
     parser.add_argument("--audio-root", metavar="DIR", help="what recordings are relative to (default: the data's)")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N rows only")
-    parser.add_argument("--min-seconds", type=float, default=0, metavar="S", help="leave out shorter recordings")
-    parser.add_argument("--max-seconds", type=float, metavar="S", help="leave out longer ones")
+    parser.add_argument("--min-seconds", type=float, default=0, metavar="S", help="skip recordings that are shorter")
+    parser.add_argument("--max-seconds", type=float, metavar="S", help="skip recordings that are longer")
     parser.add_argument("--model", help="folder or Hub id (default: the demo model of a checkout)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--device", help="default: this process's GPU, else the CPU")

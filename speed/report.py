@@ -56,13 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write to (default: docs)")
     arguments = parser.parse_args(argv)
     arguments.docs.mkdir(parents=True, exist_ok=True)
+    if not any(arguments.results.glob("*.json")):
+        raise SystemExit(f"--results {arguments.results} holds no results; run a benchmark first.")
     counted = arguments.results / "flops.json"
     if not counted.exists():  # not in git: unlike a measurement, every machine counts the same
         flops.main(["--output", str(counted)])
-    files = sorted(arguments.results.glob("*.json"))
-    if not files:
-        raise SystemExit(f"--results {arguments.results} holds no results; run a benchmark first.")
-    found = [(file.stem, json.loads(file.read_text())) for file in files]
+    found = [(file.stem, json.loads(file.read_text())) for file in sorted(arguments.results.glob("*.json"))]
     parts = [HEAD.strip()]
     goals = [
         [goal.figure, place(results), goal.wanted, goal.measured, "yes" if goal.met else "no"]

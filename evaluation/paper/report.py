@@ -1,6 +1,6 @@
-"""The page of the paper's comparisons: tables beside the paper's own figures, and plots, from what is there.
+"""The page of the paper's comparisons: our figures beside the paper's, in tables and plots.
 
-Only the blocks between its markers are written; all else on the page is kept.
+Only the blocks between the markers are written; all other text on the page is kept. A dash is not measured yet.
 """
 
 from collections import Counter
@@ -104,7 +104,7 @@ def join_parts(parts: Iterable[str]) -> str:
 
 
 def command(results: Results, methods: Iterable[Method], *steps: str) -> str:
-    """Returns the command that makes all figures about these methods again, and is told what else to do by `steps`."""
+    """Returns the command that makes all figures about these methods again; `steps` are added to it."""
     wanted = {method.model for method in methods}
     models = [name for name in MODELS if name in wanted]
     words = ["python", "-m", "fastlongspeech.evaluation.paper", results.recipe.source]
@@ -119,12 +119,11 @@ def conditions(results: Results) -> str:
     said = [
         "## How it was made",
         f"```bash\npython -m fastlongspeech.evaluation.paper {recipe.source}{' --quick' if recipe.quick else ''}\n```",
-        "All figures on this page come from this command, which trains the rivals, asks every model under every "
-        "condition and writes the tables; above each table stands what of it makes that table alone, and with "
-        "`--commands` it prints the `fastlongspeech evaluate` of every condition, that is of every figure. In "
-        "brackets: 95 % bootstrap intervals over recordings. Every model was trained once; what another seed would "
-        "change is not in the intervals. Recordings of up to 30 s are not shortened at "
-        f"L = {WINDOW}, so all methods of a model are the same there.",
+        "All figures on this page come from this command. It trains the rivals, asks every model under every "
+        "condition and writes the tables. The command above a table makes that table alone. `--commands` prints a "
+        "`fastlongspeech evaluate` command for every figure. In brackets: 95 % bootstrap intervals over recordings. "
+        "Every model was trained once, so the intervals do not show what another seed would change. Recordings of up "
+        f"to 30 s are not shortened at L = {WINDOW}, so all methods of a model are the same there.",
     ]
     if recipe.quick:
         said.append("**Cut down to see that everything works: these figures mean nothing.**")

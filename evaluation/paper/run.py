@@ -5,11 +5,16 @@
     python -m fastlongspeech.evaluation.paper RECIPE --steps report
     python -m fastlongspeech.evaluation.paper RECIPE --commands
 
-Steps: `train`, stage 2 for each rival that is not there; `evaluate`, the questions of every condition; `time`, seconds
-from file to answer on an idle machine; `report`, the page and its plots from what is there. A condition is one
-`fastlongspeech evaluate` command; `--commands` prints them all, the most important first, which is their order.
-Stopped and started again, every step goes on where it was. `--models` takes conditions of some models only, so that
-several processes can share the work; `--quick` takes a few questions and a step or two of training into OUTPUT/quick.
+Steps:
+
+- `train`: stage 2 for each rival that has no model yet;
+- `evaluate`: the questions of every condition, the most important conditions first;
+- `time`: seconds from file to answer, on an idle machine;
+- `report`: the page and its plots, from the conditions that are complete.
+
+A condition is one `fastlongspeech evaluate` command; `--commands` prints them all. A step that was stopped goes on
+where it was. `--models` takes some models only, so that several processes can share the work. `--quick` takes a few
+questions and a step or two of training, into OUTPUT/quick.
 """
 
 import argparse
