@@ -2,8 +2,9 @@
 
     python -m fastlongspeech.demo.base work/corpus work/base
 
-Three steps, each resumable: the language model on written passages, the audio encoder on speech, then the language
-model on that. `work/base/model` is an ordinary Qwen2-Audio checkpoint with its processor, and knows nothing of fusion.
+Three steps, each resumable: the language model learns from written passages, the audio encoder from speech, and then
+the language model from encoded speech. `work/base/model` is an ordinary Qwen2-Audio checkpoint with its processor. It
+knows nothing of fusion.
 """
 
 import argparse

@@ -1,11 +1,15 @@
 """Base model, step 2: the audio encoder learns to hear words, and the projector to say them to the language model.
 
-Three heads are thrown away afterwards: one reads the words (the language model's tokens) off the final frames, by CTC;
-one names the word that is being spoken at each, which helps the first to find words but not the projector, so it fades
-out; one names the phone of every frame of the middle layer, at 50 Hz.
-The synthesizers tell when they speak which phone. Phones are learnt first and carry the words. The projector learns to
-turn each frame into the language model's embedding of the word that CTC hears in it, blank being zero.
-Excerpts grow from sentences to recordings of 29 s, and are placed anywhere in the window of 30 s: short ones teach the
+Three heads help in training and are thrown away afterwards:
+
+- one reads the words (as the language model's tokens) off the final frames, by CTC;
+- one names the word that is being spoken at each final frame. It helps the first head to find words, but not the
+  projector, so its loss fades out;
+- one names the phone of every frame of the middle layer, at 50 Hz.
+
+The synthesizers tell when they speak which phone. Phones are learnt first, and words are built on them. The projector
+learns to turn each frame into the language model's embedding of the word that CTC hears in it; blank is zero. Excerpts
+grow from sentences to recordings of 29 s. Each is placed anywhere in the window of 30 s, so that short ones teach the
 encoder all of its positions.
 """
 
@@ -174,11 +178,13 @@ def _ctc_loss(logits: torch.Tensor, lengths: torch.Tensor, labels: list[torch.Te
 def look_around(audio_tower: Qwen2AudioEncoder) -> None:
     """Sets initial weights with which every head begins by attending to positions at a distance of its own.
 
-    So the encoder begins as a time-delay network does, and learns what to hear there. A position t is a vector of
-    sines and cosines, that of t + d the same rotated by angles that depend on d alone: keys whose weights are those of
-    the queries, turned back by them, match where the key lies d later. The queries weigh frequencies so that the match
-    fades with the error e as exp(-e^2 / 2 spread^2). That queries and keys begin alike is of Trockman and Kolter
-    (arXiv 2305.09828); with stock weights, words are heard where others of the window are spoken.
+    So the encoder begins as a time-delay network, and learns what to hear there. With stock weights, it hears words
+    where others of the window are spoken.
+
+    A position t is a vector of sines and cosines. That of t + d is the same vector, rotated by angles that depend on d
+    alone. The keys have the weights of the queries, rotated back by these angles; so a query matches the key that lies
+    d later. The queries weigh frequencies so that the match fades with the error e as exp(-e^2 / 2 spread^2). Queries
+    and keys that begin alike are an idea of Trockman and Kolter (arXiv 2305.09828).
     """
     layers: Any = audio_tower.layers
     width = audio_tower.embed_positions.weight.shape[1]
@@ -221,9 +227,9 @@ def train_encoder(
     width, blank = tower.layer_norm.weight.shape[0], len(tokenizer)
     words, spoken = (nn.Linear(width, blank + 1).to(model.device) for _ in range(2))
     phones = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(recordings.phones.names))).to(model.device)
-    nn.init.zeros_(projector.linear.weight)  # or its error, large at first, spoils how the heads begin
+    nn.init.zeros_(projector.linear.weight)  # a random one is far off at first and would spoil the heads' start
     modules = nn.ModuleList([tower, projector, words, spoken, phones])
-    # What can be heard, blank last, and how it is said to the language model, blank as zero.
+    # The words that can be heard, blank last, and the embedding of each for the language model: zero for blank.
     vocabulary = sorted({token for word in recordings.words.names for token in packer.words(word)} | {blank})
     codes = nn.functional.pad(model.model.language_model.embed_tokens.weight.detach(), (0, 0, 0, 1))[vocabulary]
     last_token = np.array([blank, *(packer.words(word)[-1] for word in recordings.words.names[1:])])

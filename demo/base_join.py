@@ -1,8 +1,8 @@
-"""Base model, step 3: the language model learns to listen; encoder frozen, projector and language model trained.
+"""Base model, step 3: the language model learns to listen. The encoder is frozen; projector and language model train.
 
-The projector already says words in the language model's own embeddings, with blanks between them. Written passages go
-on in between, so that long ones are read in spite of misheard words. Whose voice it is, the projector says from the
-start as well (:func:`tell_voices`).
+The projector already says words in the language model's own embeddings, with blanks between them, and from the start
+whether a man or a woman speaks (:func:`tell_voices`). Written passages are trained on in between, so that the language
+model still reads long ones although some words are misheard.
 """
 
 import random
@@ -43,10 +43,11 @@ def encode_recordings(
 def tell_voices(
     model: Qwen2AudioForConditionalGeneration, packer: QuestionPacker, frames: list[torch.Tensor], is_man: list[bool]
 ) -> None:
-    """Adds to ``model``'s projector what tells a man's recording from a woman's, as the words "man" and "woman".
+    """Adds to ``model``'s projector whether a man or a woman speaks, in terms of the words "man" and "woman".
 
-    A ridge regression on the recordings' mean frames is the direction it listens in; it speaks in that of the two
-    words' difference, so quietly that one frame's deviation is a quarter of a word's embedding.
+    A ridge regression on the recordings' mean frames finds the direction in which the voices differ. Along it, the
+    projector adds the difference of the two words' embeddings. The added part is small: for a frame that lies one
+    standard deviation off, a quarter of a word's embedding.
     """
     means = torch.stack([rows.float().mean(0) for rows in frames])
     center = means.mean(0)

@@ -1,10 +1,10 @@
 """Base model, step 1: the language model learns to find facts in written passages.
 
-Passages grow from a single sentence, where an answer can only be copied, to texts in which it must be found; at first
-many are terse, "anna paris" for "the home of anna is in paris".
-A passage takes the place of the audio, as it will sound to the language model: first its bare tokens, then the same
-tokens spread over up to 750 positions with noise in between, like frames of speech with their blanks. Passages are
-as long as recordings of 4 minutes (real language models have read long texts too); no sound is involved.
+Passages grow from a single sentence, where an answer can only be copied, to texts in which it must be found. At first
+many are terse: "anna paris" for "the home of anna is in paris". A passage stands where the audio will be, in the form
+in which the language model will hear it. At first that is its bare tokens. Later the same tokens are spread over up to
+750 positions with noise in between, like frames of speech with their blanks. Passages are as long as recordings of 4
+minutes, as real language models have read long texts too. There is no sound in this step.
 """
 
 import random
@@ -20,11 +20,11 @@ from .sentences import REPEAT, TRANSCRIBE, PassageWriter
 
 
 def ease_recall(language_model: Qwen2Model) -> None:
-    """Sets initial weights from which binding a value to its name is learnt soon, the hardest thing in this recipe.
+    """Sets initial weights that make it easy to learn which value belongs to which name, the hardest part here.
 
-    The heads of the first layer begin by looking 1, 2, 3 and 5 tokens back (a constant query and key, turned by the
-    rotary embedding) and hand on what they see there by one common map; in the layers above queries and keys share
-    their weights, so that a token begins by looking at its like (Trockman and Kolter, arXiv 2305.09828).
+    The heads of the first layer begin by looking 1, 2, 3 and 5 tokens back: a constant query and key, turned by the
+    rotary embedding. They hand on what they see by one common map. In the layers above, queries and keys share their
+    weights, so that a token begins by looking at tokens like itself (Trockman and Kolter, arXiv 2305.09828).
     """
     layers: Any = language_model.layers
     first, *others = (layer.self_attn for layer in layers)
@@ -70,8 +70,8 @@ def passage_loss(
 ) -> dict[str, torch.Tensor]:
     """Returns the loss and the accuracy on newly written passages, as hard as they are at ``progress`` (0 to 1).
 
-    ``as_heard``: most passages are long, some words are misheard (partly another word of the passage) and some share
-    a position with their neighbour, as in speech.
+    ``as_heard``: passages are as in speech. Most are long, some words are misheard (some as another word of the
+    passage), and some share a position with their neighbour.
     """
     sentences, spread = rng.randint(1, 4) if progress < 0.19 else rng.randint(2, 6), 1.0
     if progress > 0.375:

@@ -100,7 +100,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2Audio
         audio_token_index=int(tokenizer.vocab["<|AUDIO|>"]),
     )
     model = Qwen2AudioForConditionalGeneration(config)
-    # Tied while it is trained, which makes copying a word from the passage easy to learn; the stock class has no tie.
+    # Tied in training, so that it is easy to learn to copy a word from the passage. The stock class has no tie.
     model.lm_head.weight = model.model.language_model.embed_tokens.weight
     positions = model.model.audio_tower.embed_positions.weight
     angle = torch.arange(positions.shape[0])[:, None] * position_frequencies(positions.shape[1])

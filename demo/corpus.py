@@ -2,13 +2,17 @@
 
     python -m fastlongspeech.demo.corpus work/corpus
 
-Splits (one folder of FLAC files and three manifests each; paths in a manifest are relative to it): `train` and `dev`,
-clips under 30 s; `train-long` and `dev-long`, recordings of up to 4 minutes of the same sentences; `test`, clips under
-30 s made of held-out sentences; `unheard`, the same with names and values that training never speaks; `long`, held-out
-recordings of 1 to 4 minutes.
-`recordings.jsonl` describes every recording, `asr.jsonl` and `qa.jsonl` are what the training stages read.
-Every recording depends on its split and number alone; one that exists already is kept, so the script can be
-stopped and started again.
+The splits, each a folder of FLAC files and three manifests:
+
+- `train` and `dev`: clips under 30 s;
+- `train-long` and `dev-long`: recordings of up to 4 minutes of the same sentences;
+- `test`: clips under 30 s of held-out sentences;
+- `unheard`: the same, with names and values that training never speaks;
+- `long`: held-out recordings of 1 to 4 minutes.
+
+`recordings.jsonl` describes every recording; the training stages read `asr.jsonl` and `qa.jsonl`. Paths in a manifest
+are relative to it. Every recording depends on its split and number alone, and one that exists already is kept, so the
+script can be stopped and started again.
 """
 
 import argparse
@@ -30,7 +34,7 @@ from tqdm import tqdm
 from .sentences import TRANSCRIBE, VOICE_QUESTIONS, PassageWriter
 
 SAMPLING_RATE = 16_000
-LOUD = 0.01  # of full scale; what is quieter is cut off a sentence's ends
+LOUD = 0.01  # of full scale; quieter sound at a sentence's ends is cut off
 DrawFunction = Callable[[int], tuple[np.ndarray, dict]]
 
 
@@ -152,7 +156,7 @@ def record(split_name: str, index: int, split: Split | None = None) -> tuple[np.
         if fact is not None
     ]
     if split.questions is not None:
-        # Positions uniform over the recording: each time drawn takes the nearest fact not asked for yet.
+        # Draw times uniformly over the recording; each takes the nearest fact that is not asked for yet.
         asked: list[dict] = []
         for _ in range(min(split.questions, len(questions))):
             time = rng.uniform(0, length / SAMPLING_RATE)

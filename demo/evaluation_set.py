@@ -1,13 +1,13 @@
-"""Synthesises the demo-scale evaluation set, with the shape of LongSpeech-Eval, from sentences training never speaks.
+"""Synthesises the demo-scale evaluation set, shaped like LongSpeech-Eval, from sentences that training never speaks.
 
     python -m fastlongspeech.demo.evaluation_set work/demo-set
 
-In `long/`, 164 recordings of a mean of 133 s, the longest of 1000 s; in `short/`, 200 clips under 30 s. In each,
-`qa.jsonl` has the questions about facts, three to five on a long recording, `voice.jsonl` the question whether a man
-or a woman speaks, and `asr.jsonl` the transcripts of the clips. Needs espeak-ng and flite, and the extra `demo`.
+`long/` has 164 recordings of 133 s on average, the longest of 1000 s; `short/` has 200 clips under 30 s. In each,
+`qa.jsonl` asks about facts (three to five questions on a long recording) and `voice.jsonl` whether a man or a woman
+speaks. `short/asr.jsonl` has the transcripts of the clips. Needs espeak-ng and flite, and the extra `demo`.
 
-Every recording depends on its part and number alone, and one that is there is kept: stopped and started again, the
-script makes the same set.
+Every recording depends on its part and number alone, and one that exists already is kept. So the script makes the same
+set when it was stopped and started again.
 """
 
 import argparse

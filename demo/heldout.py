@@ -2,9 +2,9 @@
 
     python -m fastlongspeech.demo.heldout checkpoints/fastlongspeech-demo work/corpus --output work/heldout.json
 
-Answers are greedy, from `generate` on the audio embeddings alone. "no audio" asks the same questions without the
-recording, "wrong recording" with the embeddings of the next recording of the split. An answer is right where it equals
-the reference after Whisper's English normaliser. Questions about the voice are counted apart.
+Answers are greedy. The baselines: "no audio" asks the same questions without the recording, "wrong recording" with the
+next recording of the split. An answer is right if it equals the reference after Whisper's English normaliser.
+Questions about the voice are counted apart.
 """
 
 import argparse

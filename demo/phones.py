@@ -1,7 +1,7 @@
-"""When the synthesizers speak which phone and word: what the demo's encoder learns to hear first.
+"""When the synthesizers speak which phone and word. The demo's encoder learns to hear these first.
 
-espeak-ng tells through its library, flite on its standard output. Both are asked for a sentence again and time its
-phones from the first loud sample on, which is where `speak` in `corpus.py` begins.
+espeak-ng tells through its library, flite on its standard output. Both are asked for a sentence again. Phones are
+timed from the first loud sample on, where `speak` in `corpus.py` cuts the sentence's beginning.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .corpus import LOUD, espeak_speed, flite_command
 
 SILENCE = "_"
-# What sounds alike gets one name, espeak-ng's, so that its voices and flite's teach each other.
+# Phones that sound alike get one name, espeak-ng's, so that the voices of both synthesizers teach each other.
 ESPEAK = {
     "@2": "@",
     "@-": "@",
@@ -134,8 +134,8 @@ def _count_phones(word: str, voice: str) -> int:
 def time_phones(sentence: str, voice: str, speed: float) -> list[Phone]:
     """Returns the phones of a sentence as `speak` in `corpus.py` speaks it; ``voice`` is engine and name.
 
-    A word takes as many phones as when it is spoken alone; where these do not come to the sentence's, as near to that
-    as can be.
+    A word takes as many phones as when it is spoken alone. If these do not add up to the sentence's phones, the
+    nearest split is taken.
     """
     phones = _ask(sentence, voice, speed)
     words = sentence.split()

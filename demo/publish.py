@@ -24,13 +24,19 @@ tags: [speech, long-audio, fastlongspeech, qwen2_audio]
 ---
 # fastlongspeech-demo
 
-A toy FastLongSpeech model of {parameters:.1f} M parameters. It exists to show and to test the whole path, from a
-recording of several minutes to an answer, where no large model can be had. It was trained from scratch on
-{hours:.0f} hours of synthetic English (espeak-ng and flite) by `demo/run.sh` of the FastLongSpeech repository: a small
-stock Qwen2-Audio on clips under 30 s, then stage 1 (CTC decoder) and stage 2 (dynamic compression training) on these
-clips, and stage 2 again on recordings of 10 s to 4 minutes, which the paper's model does without; its weights are the
-means of those before and after this last step, which remember more of the clips than the latter alone. Before any
-speech, the language model learnt to read written passages of up to the length of such recordings.
+A toy FastLongSpeech model of {parameters:.1f} M parameters. It shows and tests the whole path, from a recording of
+several minutes to an answer, where no large model can be had. `demo/run.sh` of the FastLongSpeech repository trained
+it from scratch on {hours:.0f} hours of synthetic English (espeak-ng and flite):
+
+1. The language model learns to read written passages, as long as recordings of 4 minutes.
+2. A small stock Qwen2-Audio is trained with it on clips under 30 s.
+3. Stage 1 (CTC decoder) and stage 2 (dynamic compression training) follow on these clips.
+4. Stage 2 is run again on recordings of 10 s to 4 minutes. The paper's model does without this step.
+5. The published weights are the mean of those before and after step 4. The mean remembers more of the clips than the
+   weights after step 4 alone.
+
+The weights are stored in float16 to save space. `config.json` says `float32`, and so the model computes in float32
+unless you pass another `dtype`.
 
 ```python
 from transformers import AutoModelForMultimodalLM, AutoProcessor
@@ -55,18 +61,19 @@ recordings of 1 to 4 minutes (L = 750), and {voice:.0%} to whether a man or a wo
   as what, arrives when, eats, plays or bought what; where a thing is; which code opens which box). To any other
   question it answers something of one of these kinds.
 - Say that it does not know: asked for what was not said, it invents an answer.
-- Write transcripts with its language model: where sentences begin alike it loses its place, and leaves out or repeats
-  them; its CTC decoder does not. The repository's docs/results.md has the word errors of both.
-- Names and values it never heard in training it mostly gets wrong (the rows "unheard" below).
+- Write transcripts with its language model: many sentences begin alike, so it loses its place and leaves sentences out
+  or repeats them. Its CTC decoder does not. The repository's docs/results.md has the word errors of both.
+- Names and values that it never heard in training: it gets most of them wrong (the rows "unheard" below).
 
 ## Held-out figures
 
-Sentences, passages and seeds never trained on; greedy answers, exact after Whisper's normaliser. Made by
-`python -m fastlongspeech.demo.heldout checkpoints/fastlongspeech-demo work/corpus`, with torch {torch} and
-transformers {transformers} on a CPU.
-`test`: clips of 8 to 29 s; `unheard`: the same with names or values that training never speaks; `long`: recordings of
-1 to 4 minutes. L = all: every frame. "wrong recording" and "no audio" are the baselines. A recording has one question
-about the voice, which makes fewer than the 500 or more about facts.
+Sentences, passages and seeds are never trained on. Answers are greedy, and right if they are exact after Whisper's
+normaliser. Made by `python -m fastlongspeech.demo.heldout checkpoints/fastlongspeech-demo work/corpus`, with torch
+{torch} and transformers {transformers} on a CPU.
+
+The splits: `test` has clips of 8 to 29 s; `unheard` has the same with names or values that training never speaks;
+`long` has recordings of 1 to 4 minutes. L = all means every frame. "wrong recording" and "no audio" are the baselines.
+Each recording has one question about the voice, so there are fewer of these than of questions about facts.
 
 {table}
 

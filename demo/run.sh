@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The demo checkpoint from nothing: corpus, base model, stage 1, stage 2 on clips and then on recordings of minutes, the
-# mean of both, publication with held-out evaluation.
+# Makes the demo checkpoint from nothing: corpus, base model, stage 1, stage 2 on clips and then on recordings of
+# minutes, the mean of these two, held-out evaluation, publication.
 #
 #   bash demo/run.sh
 #
-# Needs espeak-ng and flite. Everything lands in work/ (some GB) but the published checkpoint. A run that was
-# stopped goes on where it was; only the evaluation and the publication are always done anew.
+# Needs espeak-ng and flite. All but the published checkpoint lands in work/ (some GB). A run that was stopped goes on
+# where it was; only evaluation and publication are always done anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Three times as fast as float32 on recordings of minutes, where a CPU multiplies bfloat16; elsewhere slower.
+# bfloat16 is three times as fast as float32 on a CPU that multiplies it, and slower on others.
 precision=()
 if ! nvidia-smi &> /dev/null && grep -q bf16 /proc/cpuinfo; then
     precision=(--use_cpu true --bf16 true)

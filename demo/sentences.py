@@ -1,8 +1,8 @@
 """The language of the demo corpus: statements of fact, sentences without facts, and the questions asked about them.
 
-Everything is lower case without punctuation, as a transcript; questions are written the way a person types them.
-A sentence belongs to training or to evaluation by a checksum of its words (:func:`is_held_out`), so no evaluation
-sentence is ever trained on, by any stage.
+Sentences are lower case without punctuation, as in a transcript; questions are written the way a person types them. A
+checksum of its words says whether a sentence belongs to training or to evaluation (:func:`is_held_out`). So no stage
+is ever trained on an evaluation sentence.
 """
 
 import random
