@@ -8,8 +8,8 @@ ignored. Rows come from
 - a `datasets` folder: what `save_to_disk` wrote or what `load_dataset` can read. Where it holds several splits, name
   one after a `#`: `corpus#train`.
 
-Every row is checked before work starts, its recording's header included, and the bad ones are named: nothing is
-left out silently.
+Every row is checked before work starts, and the header of its recording as well. The error names every bad row; no row
+is left out silently.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def read_journal(path: str | Path) -> list[dict[str, Any]]:
-    """Returns the objects in a file, none where there is no file; a last line that was cut short is not among them."""
+    """Returns the objects in a file, without a last line that was cut short; none if there is no file."""
     if not Path(path).exists():
         return []
     lines = Path(path).read_bytes().split(b"\n")
@@ -14,7 +14,7 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
 
 
 class Journal:
-    """Appends objects to a file, each at once on the disk; what is left of a line cut short is removed first.
+    """Appends objects to a file and flushes each at once. The rest of a line that was cut short is removed first.
 
     Args:
         path: the file; it and its folder are made where they are missing.

@@ -43,8 +43,8 @@ def save_predictions(output: Path, rows: Sequence[dict[str, Any]]) -> None:
 def score_predictions(rows: Sequence[dict[str, Any]], metric: str, spellings: str | Path | None = None) -> None:
     """Adds its scores to every prediction.
 
-    `exact_match` and `token_f1` to an answer; `chosen` (None: no choice, or several) and `accuracy` to a choice;
-    `word_errors` and `words` to a transcript, whose reference may have no words (noise) and then counts nowhere.
+    An answer gets `exact_match` and `token_f1`; a choice gets `chosen` (None: no choice, or several) and `accuracy`; a
+    transcript gets `word_errors` and `words`. A reference without words (noise) counts nowhere.
     """
     normalize = whisper_normalizer(spellings)
     for row in rows:

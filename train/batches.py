@@ -14,10 +14,10 @@ from torch.utils.data import Sampler
 class StepSampler(Sampler):
     """Yields `(step, row number)` for every sample of an epoch: the collator learns the optimiser step from the data.
 
-    The order is a function of (seed, epoch) alone. Each run of `samples_per_step` samples (batch size x accumulation
-    x processes) belongs to one optimiser step, counted from 0 over all epochs; the last step of an epoch is filled up
-    with rows from the epoch's beginning (or left out, `drop_last`). So a step has the same rows however it is divided
-    among micro-batches and processes, with any number of data loader workers, and after a resume.
+    The order depends on (seed, epoch) alone. Each run of `samples_per_step` samples (batch size x accumulation x
+    processes) belongs to one optimiser step. Steps are counted from 0 over all epochs. The last step of an epoch is
+    filled up with rows from the epoch's beginning, or left out (`drop_last`). So a step has the same rows however it
+    is divided among micro-batches, processes and data loader workers, and after a resume.
 
     Args:
         durations: seconds of every row.
@@ -67,7 +67,7 @@ class StepSampler(Sampler):
         random = np.random.default_rng((self.seed, epoch))
         if self.strategy != "sequential":
             random.shuffle(rows)
-        rows = np.resize(rows, len(self))  # repeats from the beginning
+        rows = np.resize(rows, len(self))  # filled up from the beginning
         if self.strategy == "group_by_length":
             durations = np.asarray(self.durations)
             size = self.MEGABATCH * self.samples_per_step
@@ -98,10 +98,10 @@ class CTCCollator:
 class DCTCollator:
     """Makes rows of `audio, question, answer` into the inputs of dynamic compression training.
 
-    All rows of an optimiser step get placeholders for one L, drawn from (seed, step); the step comes with the rows
-    (see `StepSampler`), so that L is the same in all processes, data loader workers and accumulated micro-batches,
-    and after a resume. Rows that carry a `target_length` (evaluation) get that one. With the compression `"none"`,
-    every frame gets a placeholder, whatever L is.
+    All rows of an optimiser step get placeholders for one L, drawn from (seed, step). The step comes with the rows
+    (see `StepSampler`). So L is the same in all processes, data loader workers and accumulated micro-batches, and
+    after a resume. Rows that carry a `target_length` (evaluation) get that one. With the compression `"none"` every
+    frame gets a placeholder, whatever L is.
     """
 
     def __init__(self, processor: Any, target_lengths: Sequence[int], seed: int, compression: str | None = None):

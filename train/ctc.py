@@ -1,12 +1,12 @@
-"""Stage 1: train the CTC decoder, whose output tells how much text a frame carries (Eq. 2 and 3), on transcripts.
+"""Stage 1: trains the CTC decoder on transcripts. Its output tells how much text a frame carries (Eq. 2 and 3).
 
     python -m fastlongspeech.train.ctc train/recipes/ctc-qwen2-audio-7b.yaml --train_data asr.jsonl
     accelerate launch -m fastlongspeech.train.ctc my-recipe.yaml --learning_rate 1e-4
 
-Rows are `audio, text`. The labels are pieces of a SentencePiece vocabulary, built from the transcripts as they are
-written there (case and punctuation included), or taken from an existing `ctc.model`; `vocab_size: 0` makes them the
-language model's own tokens. The decoder starts fresh; everything else is frozen, dropout off. The result is a
-complete model folder with `content_density = "ctc"`.
+Rows are `audio, text`. The labels are pieces of a SentencePiece vocabulary. It is built from the transcripts as they
+are written (case and punctuation included), or taken from an existing `ctc.model`. With `vocab_size: 0` the labels are
+the language model's own tokens. The decoder starts fresh; all else is frozen, without dropout. The result is a
+complete model folder with `ctc_trained` true.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def build_vocabulary(texts: Sequence[str], vocab_size: int) -> bytes:
 
 
 def check_lengths(rows: SpeechRows, source: str, processor: FastLongSpeechProcessor) -> None:
-    """Refuses rows whose transcript CTC can't place on their frames: one frame per piece, one more between equal ones.
+    """Refuses rows whose transcript is too long for CTC.
+
+    CTC needs one frame for each piece, and one more between equal pieces.
 
     Raises:
         ValueError: naming every such row.
@@ -136,7 +138,7 @@ class CTCTrainer(StageTrainer):
             save_file(decoder, os.path.join(str(output_dir), "model.safetensors"), metadata={"format": "pt"})
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Warns of nothing: what a checkpoint lacks is frozen."""
+        """Warns of nothing: only frozen weights are missing in a checkpoint."""
 
 
 def word_error_rate(processor: FastLongSpeechProcessor, prediction: Any) -> dict[str, float]:

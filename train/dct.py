@@ -3,9 +3,9 @@
     python -m fastlongspeech.train.dct train/recipes/dct-qwen2-audio-7b.yaml --model runs/ctc --train_data qa.jsonl
     accelerate launch -m fastlongspeech.train.dct my-recipe.yaml --learning_rate 1e-4
 
-Rows are `audio, question, answer`. Every optimiser step draws one L, uniformly from `target_lengths`, as a function of
-(seed, step); everything but the adapters is frozen. Checkpoints hold the adapter; in the end it is merged, and the
-result is a complete model folder. Evaluation reports the loss at fixed lengths, as `eval_L750_loss`.
+Rows are `audio, question, answer`. Every optimiser step draws one L, uniformly from `target_lengths`. The draw depends
+on (seed, step) alone. All but the adapters is frozen. Checkpoints hold the adapter; in the end it is merged into a
+complete model folder. Evaluation reports the loss at fixed lengths, as `eval_L750_loss`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What both training stages share beside their data: settings, the output folder, and the Trainer.
 
-Settings come from a YAML recipe and the command line, which wins; both use the same names: those of the stage's own
+Settings come from a YAML recipe and the command line; the command line wins. Their names are those of the stage's own
 arguments and of `transformers.TrainingArguments`. The output folder of a run holds `settings.yaml`, `checkpoint-N`
-folders to resume from, and in the end the trained model and processor; nothing that is already there is overwritten.
+folders to resume from, and in the end the trained model and processor. Nothing that is there already is overwritten.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _check(settings: StageArguments, training: TrainingArguments) -> None:
 def open_run(settings: StageArguments, training: TrainingArguments) -> str | None:
     """Returns the checkpoint to resume from, or None for a new run; prints and writes down the resolved settings.
 
-    A checkpoint that was being written when the run was killed is passed over.
+    A checkpoint that is not complete, because the run was killed while it was written, is ignored.
 
     Raises:
         ValueError: when the output folder holds a finished model, or something that is not a run of this project.

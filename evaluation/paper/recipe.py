@@ -11,7 +11,7 @@ from ...compression_fastlongspeech import COMPRESSIONS
 
 RIVALS = {"plain": "none", "average_pooling": "average_pooling", "most_similar": "most_similar"}  # trained through
 MODELS = ("fastlongspeech", "stage1", *RIVALS)
-WINDOW = 750  # frames of 30 s: a short recording keeps all of its own
+WINDOW = 750  # frames of 30 s: at this length a short recording keeps every frame
 QUICK_ROWS = 4
 OWN_FIELDS = ("title", "long", "tables", "cascade_prompt")  # of a benchmark; the others are arguments of evaluate
 

@@ -1,4 +1,4 @@
-"""What the conditions of a recipe came to: scores with their intervals, counted operations, measured seconds."""
+"""The results of a recipe's conditions: scores with their intervals, counted operations, measured seconds."""
 
 import json
 from collections import Counter
@@ -17,7 +17,7 @@ from .recipe import BASELINE, NTK_ROPE, OURS, WINDOW, Condition, Method, Recipe
 SECONDS = "seconds.jsonl"
 Rows = list[dict[str, Any]]
 DASH = "–"  # for what is not there yet
-# What a benchmark is scored by: the first of these that all its predictions have. Its name, and what it is times.
+# A benchmark is scored by the first of these that all its predictions have: the name of the score, and its factor.
 METRICS = {
     "judge": ("score, 1 to 5", 1),
     "exact_match": ("exact match, %", 100),
