@@ -232,6 +232,13 @@ def test_checkpoints_are_averaged_and_stored_in_float16(checkpoint: Path, tmp_pa
         average.average(tmp_path / "before", tmp_path / "after", tmp_path / "wrong")
 
 
+def test_the_published_model_is_stored_in_float16_and_computes_in_float32() -> None:
+    folder = Path(average.__file__).parents[1] / "checkpoints" / "fastlongspeech-demo"
+    assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {torch.float16}
+    model = FastLongSpeechForConditionalGeneration.from_pretrained(folder)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
 def test_the_evaluation_asks_every_question_three_ways(checkpoint: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     rng = np.random.default_rng(0)
     for split in ("test", "unheard", "long"):
