@@ -55,14 +55,12 @@ class Chat:
             )
         except openai.BadRequestError as error:
             raise PromptRefused(f"{self.model} refused a prompt of {len(prompt)} characters: {error}") from error
-        except openai.AuthenticationError as error:
-            raise ValueError(
-                f"{self.client.base_url} refused the key; set OPENAI_API_KEY in the environment to one that it takes."
-            ) from error
         except openai.OpenAIError as error:
+            wants_key = isinstance(error, openai.AuthenticationError)
+            remedy = "set OPENAI_API_KEY in the environment to a key that it takes, and " if wants_key else ""
             raise ValueError(
                 f"{self.model} at {self.client.base_url} did not answer ({error}); what was answered is saved: "
-                "run the same command again to go on."
+                f"{remedy}run the same command again to go on."
             ) from error
         return completion.choices[0].message.content or ""
 

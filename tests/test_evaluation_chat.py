@@ -106,13 +106,13 @@ def test_failures_are_tried_again_and_refusals_are_not(endpoint):
     with pytest.raises(PromptRefused, match="refused a prompt of 1 characters"):
         Chat("m", endpoint.url).reply("?")
     assert len(endpoint.requests) == 4
-    endpoint.reply = lambda prompt: 401
-    with pytest.raises(ValueError, match="refused the key; set OPENAI_API_KEY in the environment"):
-        Chat("m", endpoint.url).reply("?")
     endpoint.reply = lambda prompt: 503
     with pytest.raises(ValueError, match="run the same command again"):
         Chat("m", endpoint.url).reply("?")
     assert len(endpoint.requests) == 4 + 1 + chat_module.RETRIES
+    endpoint.reply = lambda prompt: 401
+    with pytest.raises(ValueError, match="set OPENAI_API_KEY in the environment .* run the same command"):
+        Chat("m", endpoint.url).reply("?")
 
 
 def test_prompts_are_filled_once():
