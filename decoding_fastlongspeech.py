@@ -30,9 +30,7 @@ FORMATS = (
 BLOCK = 2**20  # samples of a file decoded at a time
 HEAD = 2**16  # bytes in which a header says how long the file is
 
-# How far what was read may be from what the header names. Where there is video, the last picture's end is uncertain.
-TOLERANCE_SECONDS, TOLERANCE_SECONDS_OF_VIDEO = 0.1, 1.0
-COUNTED = {"ape", "flac", "ogg", "tta", "wv"}  # the header (in OGG the last page) counts the samples
+COUNTED = {"ape", "flac", "tta", "wv"}  # the header counts the samples
 SIZED = {"aiff", "au", "caf", "nistsphere", "w64", "wav"}  # so do these where the samples are PCM
 # The header names the end of the longest track, if it has this; FFmpeg guesses the duration of the others.
 TIMED = {
@@ -42,6 +40,11 @@ TIMED = {
 }
 # The frames of an MP3 that its first frame names: flags of which the lowest says that there are any, and the number.
 MP3_FRAMES = rb"(?:Xing|Info)\0\0\0[\1\3\5\7\x09\x0b\x0d\x0f](.{4})|VBRI.{10}(.{4})"
+
+
+# How many seconds less than the header names may be read: where samples are counted, where a codec's delay or a frame
+# may be counted too, and where the last picture may be.
+EXACT_TOLERANCE, TOLERANCE, VIDEO_TOLERANCE = 0.01, 0.1, 1.0
 
 
 def decode_file(source: AudioFile, name: str) -> Iterator[tuple[int, np.ndarray]]:
@@ -149,7 +152,11 @@ def _audio_track(container: Any, name: str) -> Any:
 def _stated_seconds(container: Any, track: Any, head: bytes) -> float | None:
     """Returns the seconds that the file names itself; None where it does not and FFmpeg guesses from the bit rate."""
     format_name = container.format.name
-    if format_name in COUNTED or (format_name in SIZED and track.codec_context.name.startswith("pcm_")):
+    if (
+        format_name == "ogg"
+        or format_name in COUNTED
+        or (format_name in SIZED and track.codec_context.name.startswith("pcm_"))
+    ):
         return float(track.duration * track.time_base) if track.duration else None
     if format_name == "mp3":
         found = re.search(MP3_FRAMES, head, re.DOTALL)
@@ -188,15 +195,17 @@ def _frames(container: Any, track: Any, stated: float | None, name: str) -> Iter
     if stated is None:
         return
     # Times, where the tracks of a file may have gaps; samples, where they may not.
-    timed = container.format.name == "mp3" or container.format.name in TIMED
-    read = end if timed else decoded
-    tolerance = TOLERANCE_SECONDS_OF_VIDEO if container.streams.video else TOLERANCE_SECONDS
+    format_name = container.format.name
+    read = end if format_name == "mp3" or format_name in TIMED else decoded
+    tolerance = EXACT_TOLERANCE if format_name in COUNTED | SIZED else TOLERANCE
+    if container.streams.video:
+        tolerance = VIDEO_TOLERANCE
     if read < stated - tolerance:
         raise ValueError(
             f"audio is cut off or damaged: {name} holds {read:.1f} s of the {stated:.1f} s that its header names; "
             "record or fetch it again."
         )
-    if read > stated + tolerance and container.format.name != "ogg":  # which names its last part, of several joined
+    if read > stated + tolerance and format_name != "ogg":  # which names its last part, of several joined
         logger.warning(f"{name} names {stated:.1f} s and holds {read:.1f} s; all of it is read.")
 
 
