@@ -91,8 +91,8 @@ def _find_source(audio: Any, sampling_rate: Any) -> tuple[Any, Any, str]:
         key = next((key for key in SOURCE_KEYS if audio.get(key) is not None), None)
         if key is None:
             raise TypeError(
-                'an audio dictionary must have "audio", "url", "audio_url", "input_audio", "data", "array", "bytes" or '
-                f'"path", got the keys {sorted(audio)}.'
+                'an audio dictionary must have "audio", "url", "data", "audio_url", "input_audio", '
+                f'"array", "bytes" or "path", got the keys {sorted(audio)}.'
             )
         if audio.get("sampling_rate") is not None:
             sampling_rate = audio["sampling_rate"]

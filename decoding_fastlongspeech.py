@@ -198,7 +198,7 @@ def _frames(container: Any, track: Any, stated: float | None, name: str) -> Iter
     format_name = container.format.name
     read = end if format_name == "mp3" or format_name in TIMED else decoded
     tolerance = EXACT_TOLERANCE if format_name in COUNTED | SIZED else TOLERANCE
-    if container.streams.video:
+    if container.streams.video and format_name in TIMED:  # elsewhere it is a cover
         tolerance = VIDEO_TOLERANCE
     if read < stated - tolerance:
         raise ValueError(
