@@ -46,22 +46,22 @@ clean:
 	rm -rf .venv .venv-* .cache .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/.torch
-	$(PIP) install --no-compile --quiet --editable . $(TRANSFORMERS:%=transformers==%)
+	$(PIP) install --quiet --editable . $(TRANSFORMERS:%=transformers==%)
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.torch
-	$(PIP) install --no-compile --quiet --editable '.[dev]' $(TRANSFORMERS:%=transformers==%)
+	$(PIP) install --quiet --editable '.[dev]' $(TRANSFORMERS:%=transformers==%)
 	touch $@ $(VENV)/.installed
 
 # PyPI's torch for Linux brings gigabytes of CUDA. Without an NVIDIA GPU, ask for the CPU build: first wherever pip looks
 # anyway (a machine may provide that wheel), then in PyTorch's own index, and only then take what PyPI has.
 $(VENV)/.torch: | $(VENV)/bin/python
 	if nvidia-smi > /dev/null 2>&1; then \
-	    $(PIP) install --no-compile 'torch==$(TORCH)'; \
+	    $(PIP) install 'torch==$(TORCH)'; \
 	else \
-	    $(PIP) install --no-compile --quiet 'torch==$(TORCH)+cpu' 2> /dev/null \
-	    || $(PIP) install --no-compile 'torch==$(TORCH)' --index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15 \
-	    || $(PIP) install --no-compile 'torch==$(TORCH)'; \
+	    $(PIP) install --quiet 'torch==$(TORCH)+cpu' 2> /dev/null \
+	    || $(PIP) install 'torch==$(TORCH)' --index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15 \
+	    || $(PIP) install 'torch==$(TORCH)'; \
 	fi
 	touch $@
 
