@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..configuration_fastlongspeech import FastLongSpeechConfig
 from ..prompts_fastlongspeech import TRANSCRIBE
 from ..windows_fastlongspeech import WINDOWS
-from .cost import QWEN2_AUDIO_7B, TEXT_TOKENS, ModelCost, recording_seconds
-from .defaults import MAX_NEW_TOKENS, QWEN2_AUDIO, find_model
+from .cost import TEXT_TOKENS, ModelCost, recording_seconds
+from .defaults import MAX_NEW_TOKENS, find_model
 from .session import Session
+from .sizes import read_config
 
 
 def ask(session: Session, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -67,9 +67,7 @@ def transcribe(session: Session, arguments: argparse.Namespace) -> dict[str, Any
 
 def cost(arguments: argparse.Namespace) -> int:
     """Prints what a question about each recording costs, from the sizes of the model alone, and returns 0."""
-    source = find_model(arguments.model)
-    sizes = FastLongSpeechConfig(**QWEN2_AUDIO_7B) if source == QWEN2_AUDIO else None
-    counter = ModelCost(sizes or FastLongSpeechConfig.from_pretrained(source))
+    counter = ModelCost(read_config(find_model(arguments.model)))
     longest = MAX_NEW_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens
     durations = {name: recording_seconds(name) for name in arguments.recordings}
     durations |= {f"{seconds:g} s": seconds for seconds in arguments.seconds or []}

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import Qwen2Tokenizer, WhisperFeatureExtractor
 
 from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
-from fastlongspeech.app.cost import QWEN2_AUDIO_7B
+from fastlongspeech.app.sizes import QWEN2_AUDIO_7B
 
 RESULTS = Path(__file__).parent / "results"
 REPEATS, LIMIT = 5, 120.0

@@ -7,7 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ...app.cost import ModelCost
-from ...configuration_fastlongspeech import FastLongSpeechConfig
+from ...app.sizes import read_config
 from ..journal import read_journal
 from ..report import PREDICTIONS
 from ..run import SUMMARY
@@ -46,7 +46,7 @@ class Results:
                 self.found[condition] = read_journal(folder / PREDICTIONS)
                 self.summaries[condition] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         self.missing = [condition for condition in recipe.conditions() if condition not in self.found]
-        self.counter = ModelCost(FastLongSpeechConfig.from_pretrained(recipe.models[OURS.model]))
+        self.counter = ModelCost(read_config(recipe.models[OURS.model]))
         self._flops: dict[tuple[int, int | None, str], int] = {}
 
     def rows(self, benchmark: str, method: Method, length: int = WINDOW) -> Rows | None:
