@@ -9,32 +9,21 @@ The answer goes to stdout; durations, windows, frames, tokens and seconds to std
 """
 
 import argparse
-import json
 import sys
 
-from transformers.utils import logging
-
-from .commands import ask, cost, transcribe
+from .commands import print_answer, print_cost, print_transcript, run_evaluation
 from .defaults import MAX_NEW_TOKENS, QWEN2_AUDIO
-from .session import Session
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status: 1 after an error, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    logging.disable_progress_bar()
     try:
         if argv[:1] == ["evaluate"]:
-            return evaluate(argv[1:])
-        arguments = parse_arguments(argv)
-        if arguments.run is cost:
-            return cost(arguments)
-        session = Session(arguments)
-        result = arguments.run(session, arguments)
-        session.report_seconds()
-        if arguments.json:
-            seconds = {part: round(taken, 3) for part, taken in session.seconds.items()}
-            print(json.dumps({**result, "seconds": seconds}, ensure_ascii=False))
+            run_evaluation(argv[1:])
+        else:
+            arguments = parse_arguments(argv)
+            arguments.run(arguments)
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError) as error:
@@ -43,11 +32,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Returns the arguments of a command, `run` with them the function that carries it out; or leaves with usage."""
     sizes = argparse.ArgumentParser(add_help=False)
     sizes.add_argument("--model", help="folder or Hub id (default: the demo model of a checkout)")
-    sizes.add_argument("--target-length", type=int, metavar="L", help="frames to fuse a recording to")
-    sizes.add_argument("--max-new-tokens", type=int, metavar="N", help=f"longest answer (default: {MAX_NEW_TOKENS})")
+    sizes.add_argument("--target-length", type=positive, metavar="L", help="frames to fuse a recording to")
+    sizes.add_argument(
+        "--max-new-tokens", type=positive, metavar="N", help=f"longest answer (default: {MAX_NEW_TOKENS})"
+    )
     sizes.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
     shared = argparse.ArgumentParser(add_help=False, parents=[sizes])
     shared.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: an NVIDIA or AMD GPU if there is one)")
@@ -58,11 +50,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     ask_parser = commands.add_parser("ask", parents=[shared], help="answer a question about recordings")
     ask_parser.add_argument("recordings", nargs="+", metavar="RECORDING", help="audio file or URL")
     ask_parser.add_argument("question", metavar="QUESTION")
-    ask_parser.set_defaults(run=ask)
+    ask_parser.set_defaults(run=print_answer)
     transcribe_parser = commands.add_parser("transcribe", parents=[shared], help="write down what is said")
     transcribe_parser.add_argument("recording", metavar="RECORDING", help="audio file or URL")
     transcribe_parser.add_argument("--ctc", action="store_true", help="by the CTC decoder, not the language model")
-    transcribe_parser.set_defaults(run=transcribe)
+    transcribe_parser.set_defaults(run=print_transcript)
     cost_parser = commands.add_parser(
         "cost",
         parents=[sizes],
@@ -71,24 +63,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     cost_parser.add_argument("recordings", nargs="*", metavar="RECORDING", help="audio file or URL")
     cost_parser.add_argument("--seconds", type=float, nargs="+", metavar="S", help="durations instead of recordings")
-    cost_parser.set_defaults(run=cost)
+    cost_parser.set_defaults(run=print_cost)
     commands.add_parser("evaluate", add_help=False, help="score a model on a benchmark; see evaluate --help")
 
     arguments = parser.parse_args(argv)
-    if arguments.run is cost and bool(arguments.recordings) == bool(arguments.seconds):
+    if arguments.run is print_cost and bool(arguments.recordings) == bool(arguments.seconds):
         cost_parser.error("give either recordings or --seconds.")
     if getattr(arguments, "ctc", False) and (arguments.target_length, arguments.max_new_tokens) != (None, None):
         transcribe_parser.error("--ctc reads every frame: --target-length and --max-new-tokens have no meaning.")
     return arguments
 
 
-def evaluate(argv: list[str]) -> int:
-    """Scores a model on a benchmark, by the arguments of `evaluation/run.py`, and returns 0."""
-    try:
-        from ..evaluation.run import main as run
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"evaluate needs {error.name}, which is missing; install it with: pip install 'fastlongspeech[eval]'."
-        ) from error
-    run(argv)
-    return 0
+def positive(text: str) -> int:
+    """Returns the integer that an argument holds; below 1 it is refused before anything is loaded."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it must be a positive integer, got {text}.")
+    return int(text)

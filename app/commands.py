@@ -1,74 +1,69 @@
-"""The commands `ask`, `transcribe` and `cost`: what they print and return."""
+"""The commands `ask`, `transcribe`, `cost` and `evaluate`: what they print. Torch is loaded where a model is."""
 
 import argparse
 import json
 import sys
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from tqdm import tqdm
-
-from ..prompts_fastlongspeech import TRANSCRIBE
-from ..windows_fastlongspeech import WINDOWS
-from .cost import TEXT_TOKENS, ModelCost, recording_seconds
 from .defaults import MAX_NEW_TOKENS, find_model
-from .session import Session
-from .sizes import read_config
+
+if TYPE_CHECKING:
+    from .session import Heard, Session
 
 
-def ask(session: Session, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Prints and returns the answer to a question about recordings."""
-    samples = [session.read(recording) for recording in arguments.recordings]
-    inputs = session.prepare(arguments.question, samples)
-    first = 0
-    facts = []
-    tokens = placeholder_counts(inputs["input_ids"][0], session.processor.audio_token_id)
-    for name, array, windows, length in zip(
-        arguments.recordings, samples, inputs["windows_per_audio"].tolist(), tokens, strict=True
-    ):
-        mask = inputs["feature_attention_mask"][first : first + windows]
-        facts.append(describe(session, name, array, mask, length))
-        first += windows
-    with session.listening(first):
-        answer = session.answer(inputs, echo=not session.json)
-    return {"answer": answer, "question": arguments.question, "recordings": facts}
+def print_answer(arguments: argparse.Namespace) -> None:
+    """Prints the answer to a question about recordings."""
+    session = open_session(arguments)
+    heard = session.listen(arguments.recordings)
+    facts = describe(heard, session.tokens(heard, arguments.target_length))
+    answer = session.ask(heard, arguments.question, arguments.target_length, None if arguments.json else say)
+    if not answer.ended:
+        report_stopped(session)
+    report_seconds(session)
+    if arguments.json:
+        print_json(session, {"answer": answer.text, "question": arguments.question, "recordings": facts})
 
 
-def transcribe(session: Session, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Prints and returns the transcript of a recording, one line per 30 s window or one by the CTC decoder."""
-    samples = session.read(arguments.recording)
-    rate, size = session.processor.feature_extractor.sampling_rate, session.processor.feature_extractor.n_samples
+def print_transcript(arguments: argparse.Namespace) -> None:
+    """Prints the transcript of a recording, one line per 30 s window or one by the CTC decoder."""
+    session = open_session(arguments)
+    heard = session.listen(arguments.recording)
     if arguments.ctc:
-        with session.timed("reading"):
-            inputs = session.processor(audio=samples, sampling_rate=rate).to(session.model.device)
-        facts = describe(session, arguments.recording, samples, inputs["feature_attention_mask"], None)
-        with session.listening(facts["windows"]), session.timed("listening"):
-            text = session.processor.ctc_decode(session.model.ctc_transcribe(**inputs))[0]
-        if not session.json:
-            print(text)
-        return {"text": text, "recordings": [facts]}
+        facts = describe(heard, None)
+        result: dict[str, Any] = {"text": session.transcribe_by_ctc(heard)[0], "recordings": facts}
+        if not arguments.json:
+            print(result["text"])
+    else:
+        from tqdm import tqdm
 
-    # A rest shorter than a frame has nothing that could be transcribed.
-    starts = [start for start in range(0, len(samples), size) if len(samples) - start >= WINDOWS.frame_seconds * rate]
-    prompts = [session.prepare(TRANSCRIBE, [samples[start : start + size]]) for start in starts]
-    mask = torch.cat([prompt["feature_attention_mask"] for prompt in prompts])
-    tokens = sum(int((prompt["input_ids"] == session.processor.audio_token_id).sum()) for prompt in prompts)
-    facts = describe(session, arguments.recording, samples, mask, tokens)
-    windows = []
-    bar = tqdm(prompts, desc="transcribing", unit="window", delay=1, leave=False, disable=None)
-    for start, prompt in zip(starts, bar, strict=True):
-        text = session.answer(prompt, echo=False)
-        if not session.json:
-            bar.write(text, file=sys.stdout)
-        windows.append({"start": start / rate, "end": min(len(samples), start + size) / rate, "text": text})
-    return {"text": " ".join(window["text"] for window in windows), "windows": windows, "recordings": [facts]}
+        windows = heard.windows()
+        tokens = sum(session.tokens(window, arguments.target_length)[0] for window in windows)
+        facts = describe(heard, [tokens])
+        written = []
+        segments = session.transcribe(heard, arguments.target_length)
+        options: dict[str, Any] = {"desc": "transcribing", "unit": "window", "delay": 1, "leave": False}
+        with tqdm(segments, total=len(windows), disable=None, **options) as bar:
+            for segment in bar:
+                if not arguments.json:
+                    bar.write(segment.text, file=sys.stdout)
+                if not segment.ended:
+                    report_stopped(session)
+                written.append(segment)
+        lines = [{"start": segment.start, "end": segment.end, "text": segment.text} for segment in written]
+        result = {"text": " ".join(segment.text for segment in written), "windows": lines, "recordings": facts}
+    report_seconds(session)
+    if arguments.json:
+        print_json(session, result)
 
 
-def cost(arguments: argparse.Namespace) -> int:
-    """Prints what a question about each recording costs, from the sizes of the model alone, and returns 0."""
+def print_cost(arguments: argparse.Namespace) -> None:
+    """Prints what a question about each recording costs, from the sizes of the model alone."""
+    from .cost import TEXT_TOKENS, ModelCost, recording_seconds
+    from .sizes import read_config
+
     counter = ModelCost(read_config(find_model(arguments.model)))
-    longest = MAX_NEW_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens
+    longest = arguments.max_new_tokens or MAX_NEW_TOKENS
     durations = {name: recording_seconds(name) for name in arguments.recordings}
     durations |= {f"{seconds:g} s": seconds for seconds in arguments.seconds or []}
     facts = []
@@ -86,16 +81,55 @@ def cost(arguments: argparse.Namespace) -> int:
         print(
             json.dumps({"text_tokens": TEXT_TOKENS, "answer_tokens": longest, "recordings": facts}, ensure_ascii=False)
         )
-    return 0
 
 
-def describe(session: Session, name: str, samples: Any, mask: torch.Tensor, tokens: int | None) -> dict[str, Any]:
-    """Prints and returns what a recording is made into."""
-    seconds = len(samples) / session.processor.feature_extractor.sampling_rate
-    frames = int(WINDOWS.count_frames(mask.sum(dim=1).cpu().numpy()).sum())
-    print(describe_recording(name, seconds, len(mask), frames, tokens), file=sys.stderr)
-    facts = {"path": name, "seconds": seconds, "windows": len(mask), "frames": frames}
-    return facts if tokens is None else {**facts, "tokens": tokens}
+def run_evaluation(argv: list[str]) -> None:
+    """Scores a model on a benchmark, by the arguments of `evaluation/run.py`.
+
+    Raises:
+        ValueError: a package of the extra `eval` is missing.
+    """
+    try:
+        from ..evaluation.run import main
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"evaluate needs {error.name}, which is missing; install it with: pip install 'fastlongspeech[eval]'."
+        ) from error
+    disable_loading_bar()
+    main(argv)
+
+
+def open_session(arguments: argparse.Namespace) -> "Session":
+    """Returns the session that the arguments of a command ask for."""
+    from .session import Session
+
+    disable_loading_bar()
+    longest = arguments.max_new_tokens or MAX_NEW_TOKENS
+    return Session(
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        max_new_tokens=longest,
+        progress=True,
+    )
+
+
+def disable_loading_bar() -> None:
+    """Keeps transformers from showing how far the weights are."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def describe(heard: "Heard", tokens: list[int] | None) -> list[dict[str, Any]]:
+    """Prints to stderr and returns what each recording is made into."""
+    facts = []
+    for number, (name, seconds, windows, frames) in enumerate(heard.recordings):
+        read = None if tokens is None else tokens[number]
+        print(describe_recording(name, seconds, windows, frames, read), file=sys.stderr)
+        known = {"path": name, "seconds": seconds, "windows": windows, "frames": frames}
+        facts.append(known if read is None else {**known, "tokens": read})
+    return facts
 
 
 def describe_recording(name: str, seconds: float, windows: int, frames: int, tokens: int | None) -> str:
@@ -104,7 +138,22 @@ def describe_recording(name: str, seconds: float, windows: int, frames: int, tok
     return f"{name}: {seconds:.1f} s, {windows} window{'s' if windows > 1 else ''}, {frames} frames{fused}"
 
 
-def placeholder_counts(input_ids: torch.Tensor, audio_token_id: int) -> list[int]:
-    """Returns the lengths of the runs of the audio token in a prompt `(S,)`, one per recording."""
-    values, lengths = (input_ids == audio_token_id).unique_consecutive(return_counts=True)
-    return lengths[values].tolist()
+def say(text: str) -> None:
+    """Prints a piece of an answer as it comes."""
+    print(text, end="", flush=True)
+
+
+def report_stopped(session: "Session") -> None:
+    """Prints to stderr that an answer was stopped by the limit of tokens."""
+    print(f"the answer may go on: it reached --max-new-tokens {session.max_new_tokens}", file=sys.stderr)
+
+
+def report_seconds(session: "Session") -> None:
+    """Prints to stderr how long each part of the work has taken."""
+    print(", ".join(f"{part} {seconds:.1f} s" for part, seconds in session.seconds.items()), file=sys.stderr)
+
+
+def print_json(session: "Session", result: dict[str, Any]) -> None:
+    """Prints a command's result with the seconds that each part of the work has taken."""
+    seconds = {part: round(taken, 3) for part, taken in session.seconds.items()}
+    print(json.dumps({**result, "seconds": seconds}, ensure_ascii=False))

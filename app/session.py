@@ -1,101 +1,231 @@
-"""A loaded model and its processor, and what a command asks of them."""
+"""A model that listens to recordings once and then answers any number of questions about them.
 
-import argparse
+    session = Session()
+    interview = session.listen(["interview.mp3"])
+    print(session.ask(interview, "Where does Anna live?").text)
+    print(session.ask(interview, "And Helen?", target_length=200).text)
+    print(session.transcribe_by_ctc(interview)[0])
+
+The encoder works in `listen` alone.
+"""
+
 import contextlib
-import sys
+import os
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 from transformers import TextStreamer
 
-from ..audio_fastlongspeech import load_recording
-from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
-from ..processing_fastlongspeech import FastLongSpeechProcessor
+from ..audio_fastlongspeech import list_recordings, load_recording
+from ..fusion_fastlongspeech import check_target_length
+from ..prompts_fastlongspeech import TRANSCRIBE
+from ..recordings_fastlongspeech import EncodedRecordings
+from ..windows_fastlongspeech import WINDOWS
 from .defaults import MAX_NEW_TOKENS, find_model
+from .loading import load_model
 
 
-def find_device(name: str | None) -> str:
-    """Returns the device that `--device` names, by default a GPU or the CPU; a ValueError where it is not there."""
-    device = name or ("cuda" if torch.cuda.is_available() else "cpu")  # mps was never tried
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used here: {error}") from error
-    return device
+class Recording(NamedTuple):
+    """What is known of a recording: its ``name`` (path, URL, or what kind of object it was), how many ``seconds`` it
+    lasts, how many ``windows`` the encoder has read, and how many ``frames`` it has made of them."""
+
+    name: str
+    seconds: float
+    windows: int
+    frames: int
+
+
+class Answer(NamedTuple):
+    """An answer's ``text``, and whether it ``ended`` by itself before the limit of tokens."""
+
+    text: str
+    ended: bool
+
+
+class Segment(NamedTuple):
+    """What is said between two times of a recording, ``start`` and ``end`` in seconds, and whether its ``text``
+    ``ended`` by itself before the limit of tokens."""
+
+    start: float
+    end: float
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Recordings that a session has listened to.
+
+    Attributes:
+        recordings: what is known of each.
+        encoded: their frames, which are all that a question needs.
+    """
+
+    recordings: tuple[Recording, ...]
+    encoded: EncodedRecordings
+
+    def windows(self) -> "list[Heard]":
+        """Returns each window as a recording of its own; a last one that is too short for a frame is left out."""
+        length = WINDOWS.seconds(WINDOWS.mel_frames_per_window)
+        windows = []
+        for number, whole in enumerate(self.recordings):
+            pieces = self.encoded[number].pieces(length)
+            for piece in (pieces[window] for window in range(len(pieces))):
+                seconds = min(length, whole.seconds - float(piece.starts[0]))
+                windows.append(Heard((Recording(whole.name, seconds, 1, len(piece.frames)),), piece))
+        return windows
 
 
 class Session:
-    """A loaded model and processor, and the seconds each part of the work has taken."""
+    """A loaded model that listens and answers.
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    Args:
+        model: folder or Hub id; None: the demo model of a checkout.
+        device: such as `"cpu"` or `"cuda:1"`; None: a GPU where there is one, else the CPU.
+        dtype: `"auto"` (as saved), `"float32"`, `"bfloat16"` or `"float16"`.
+        max_new_tokens: of every answer, at most.
+        progress: whether a bar on stderr shows how far the encoder is, where that is a terminal and takes long.
+
+    Attributes:
+        model, processor: what was loaded.
+        seconds: how long `"loading"`, `"reading"`, `"listening"` and `"answering"` have taken so far, all calls
+            together.
+
+    Raises:
+        ValueError: there is no such device, folder or demo model.
+        OSError: the folder or repository holds no model.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike | None = None,
+        *,
+        device: str | None = None,
+        dtype: str = "auto",
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        progress: bool = False,
+    ) -> None:
         self.seconds: dict[str, float] = {}
-        self.json = arguments.json
-        longest = MAX_NEW_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens
-        self.options = {"max_new_tokens": longest, "do_sample": False}
-        self.target_length = arguments.target_length
-        source = find_model(arguments.model)
-        with self.timed("loading"):
-            device = find_device(arguments.device)
-            self.processor = FastLongSpeechProcessor.from_pretrained(source)
-            model = FastLongSpeechForConditionalGeneration.from_pretrained(source, dtype=arguments.dtype)
-            self.model = model.to(device)
+        self.max_new_tokens = max_new_tokens
+        self.progress = progress
+        source = find_model(None if model is None else os.fspath(model))
+        with self._timed("loading"):
+            self.model, self.processor = load_model(source, device, dtype)
+
+    def listen(self, recordings: Any) -> Heard:
+        """Returns recordings read and encoded, to be asked about any number of times.
+
+        Args:
+            recordings: one or a list of what `load_recording` takes: paths, URLs, bytes, arrays.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: as `load_recording`.
+        """
+        sources = list_recordings(recordings)
+        rate = self.processor.feature_extractor.sampling_rate
+        with self._timed("reading"):
+            samples = [load_recording(source, target_rate=rate) for source in sources]
+            inputs = self.processor(audio=samples, sampling_rate=rate).to(self.model.device)
+        windows = inputs["windows_per_audio"].tolist()
+        with self._timed("listening"), self._bar(sum(windows)):
+            encoded = self.model.encode(**inputs)
+        names = [str(name) if isinstance(name, (str, os.PathLike)) else type(name).__name__ for name in sources]
+        seconds = [len(array) / rate for array in samples]
+        known = zip(names, seconds, windows, encoded.lengths.tolist(), strict=True)
+        return Heard(tuple(Recording(*facts) for facts in known), encoded)
+
+    def tokens(self, heard: Heard, target_length: int | None = None) -> list[int]:
+        """Returns how many tokens the language model reads of each recording when it is asked about them together.
+
+        Args:
+            heard: what `listen` returned.
+            target_length: L; None: configured.
+        """
+        lengths = heard.encoded.lengths
+        if self.model.config.compression == "none":
+            return lengths.tolist()
+        target_length = self.model.config.target_length if target_length is None else target_length
+        return lengths.minimum(check_target_length(target_length, len(lengths))).tolist()
+
+    def ask(
+        self,
+        heard: Heard,
+        question: str,
+        target_length: int | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Returns the model's greedy answer to a question about recordings; the encoder has no part in it.
+
+        Args:
+            heard: what `listen` returned; all its recordings stand before the question.
+            question: in words.
+            target_length: L, frames to fuse each recording to; None: configured.
+            say: gets the answer piece by piece, as it comes.
+
+        Raises:
+            ValueError: `target_length` is not a positive integer.
+        """
+        audio = [{"type": "audio"}] * len(heard.recordings)
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": [*audio, {"type": "text", "text": question}]}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            recordings=heard.encoded,
+            target_length=target_length,
+            compression=self.model.config.compression,
+        ).to(self.model.device)
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        streamer = None if say is None else Streamer(self.processor.tokenizer, say)
+        with self._timed("answering"):
+            ids = self.model.generate(**inputs, recordings=heard.encoded, streamer=streamer, **options)
+        ids = ids[0, inputs["input_ids"].shape[1] :]
+        ends = self.model.generation_config.eos_token_id
+        ended = len(ids) < self.max_new_tokens or (ends is not None and ids[-1] in torch.tensor(ends).to(ids))
+        return Answer(self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip(), ended)
+
+    def transcribe(self, heard: Heard, target_length: int | None = None) -> Iterator[Segment]:
+        """Yields what the language model writes down of recordings, window by window, as it comes.
+
+        Args:
+            heard: what `listen` returned.
+            target_length: L, frames to fuse each window to; None: configured.
+        """
+        for window in heard.windows():
+            start = float(window.encoded.starts[0])
+            answer = self.ask(window, TRANSCRIBE, target_length)
+            yield Segment(start, start + window.recordings[0].seconds, *answer)
+
+    def transcribe_by_ctc(self, heard: Heard) -> list[str]:
+        """Returns what the CTC decoder hears in each recording, all of it at once; there is no language model in it.
+
+        Raises:
+            ValueError: the CTC decoder is not trained.
+        """
+        with self._timed("listening"):
+            return self.processor.ctc_decode(self.model.ctc_transcribe(recordings=heard.encoded))
 
     @contextlib.contextmanager
-    def timed(self, part: str) -> Iterator[None]:
+    def _timed(self, part: str) -> Iterator[None]:
         """Adds the seconds spent inside to a part of the work."""
         start = time.perf_counter()
         yield
         self.seconds[part] = self.seconds.get(part, 0) + time.perf_counter() - start
 
-    def report_seconds(self) -> None:
-        print(", ".join(f"{part} {seconds:.1f} s" for part, seconds in self.seconds.items()), file=sys.stderr)
-
-    def read(self, recording: str) -> Any:
-        """Returns the samples of a recording at 16 kHz."""
-        with self.timed("reading"):
-            return load_recording(recording, target_rate=self.processor.feature_extractor.sampling_rate)
-
-    def prepare(self, question: str, recordings: list) -> Any:
-        """Returns the inputs of the model for samples and a question about them."""
-        rate = self.processor.feature_extractor.sampling_rate
-        audio = [{"type": "audio", "audio": {"array": samples, "sampling_rate": rate}} for samples in recordings]
-        with self.timed("reading"):
-            return self.processor.apply_chat_template(
-                [{"role": "user", "content": [*audio, {"type": "text", "text": question}]}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                target_length=self.target_length,
-            ).to(self.model.device)
-
-    def answer(self, inputs: Any, echo: bool) -> str:
-        """Returns the model's answer; with `echo` its words go to stdout as they come."""
-        streamer = Streamer(self.processor.tokenizer, echo)
-        start = time.perf_counter()
-        ids = self.model.generate(**inputs, streamer=streamer, **self.options)[0, inputs["input_ids"].shape[1] :]
-        end = time.perf_counter()
-        heard = streamer.first_token_at or end
-        for part, seconds in (("listening", heard - start), ("answering", end - heard)):
-            self.seconds[part] = self.seconds.get(part, 0) + seconds
-        longest, ends = self.options["max_new_tokens"], self.model.generation_config.eos_token_id
-        if len(ids) == longest and (ends is None or ids[-1] not in torch.tensor(ends).to(ids)):
-            print(f"the answer may go on: it reached --max-new-tokens {longest}", file=sys.stderr)
-        return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
     @contextlib.contextmanager
-    def listening(self, windows: int) -> Iterator[None]:
-        """Shows how many windows the encoder has heard, where that takes long and stderr is a terminal."""
-        with tqdm(total=windows, desc="listening", unit="window", delay=1, leave=False, disable=None) as bar:
+    def _bar(self, windows: int) -> Iterator[None]:
+        """Shows how many windows the encoder has read, if `progress` is set."""
+        hidden = None if self.progress else True  # None: shown on a terminal alone
+        with tqdm(total=windows, desc="listening", unit="window", delay=1, leave=False, disable=hidden) as bar:
 
-            def heard(module: Any, arguments: Any, output: Any) -> None:
+            def update(module: Any, arguments: Any, output: Any) -> None:
                 bar.update(len(arguments[0]))
-                if bar.n >= windows:
-                    bar.close()  # the answer is printed next
 
-            hook = self.model.model.audio_tower.register_forward_hook(heard)
+            hook = self.model.get_encoder("audio").register_forward_hook(update)
             try:
                 yield
             finally:
@@ -103,18 +233,14 @@ class Session:
 
 
 class Streamer(TextStreamer):
-    """Prints an answer as it comes, when `echo` is set, and notes when its first token came."""
+    """Hands an answer on, piece by piece, as it comes."""
 
-    def __init__(self, tokenizer: Any, echo: bool) -> None:
+    def __init__(self, tokenizer: Any, say: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.echo = echo
-        self.first_token_at: float | None = None
-
-    def put(self, value: Any) -> None:
-        if not self.next_tokens_are_prompt and self.first_token_at is None:
-            self.first_token_at = time.perf_counter()
-        super().put(value)
+        self.say = say
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if self.echo:
-            super().on_finalized_text(text, stream_end)
+        self.say(text + "\n" if stream_end else text)
+
+
+__all__ = ["Answer", "Heard", "Recording", "Segment", "Session"]

@@ -21,13 +21,11 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
+from .. import FastLongSpeechConfig
 from ..app.defaults import MAX_NEW_TOKENS, find_model
-from ..app.session import find_device
+from ..app.loading import find_device, load_model
 from ..compression_fastlongspeech import COMPRESSIONS
-from ..configuration_fastlongspeech import FastLongSpeechConfig
 from ..data.tasks import TASKS, Example, QuestionSet, load_questions
-from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
-from ..processing_fastlongspeech import FastLongSpeechProcessor
 from ..recordings_fastlongspeech import EncodedRecordings
 from .answering import METHODS, Answerer
 from .chat import Chat
@@ -123,22 +121,19 @@ def find_judge(arguments: argparse.Namespace, benchmark: QuestionSet) -> tuple[C
     return chat, read_template(arguments.judge_template)
 
 
-def load_model(arguments: argparse.Namespace, device: str) -> tuple[Any, Any]:
+def load_wanted(arguments: argparse.Namespace, device: str) -> tuple[Any, Any]:
     """Returns the model and the processor that `--model`, `--dtype` and `--compression` ask for."""
-    config = FastLongSpeechConfig.from_pretrained(arguments.model)
+    config = None
     if arguments.compression == "ntk_rope":
-        config = config.with_ntk_rope()
-    model = FastLongSpeechForConditionalGeneration.from_pretrained(
-        arguments.model, config=config, dtype=arguments.dtype
-    )
-    return model.to(device).eval(), FastLongSpeechProcessor.from_pretrained(arguments.model)
+        config = FastLongSpeechConfig.from_pretrained(arguments.model).with_ntk_rope()
+    return load_model(arguments.model, device, arguments.dtype, config)
 
 
 def predict(
     arguments: argparse.Namespace,
     benchmark: QuestionSet,
     state: Any,
-    load: Callable[[argparse.Namespace, str], tuple[Any, Any]] = load_model,
+    load: Callable[[argparse.Namespace, str], tuple[Any, Any]] = load_wanted,
     frames: dict[str, EncodedRecordings] | None = None,
 ) -> None:
     """Answers the questions that have no prediction in the output folder yet.

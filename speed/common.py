@@ -113,7 +113,7 @@ def load_config(name: str, **fields: Any) -> FastLongSpeechConfig:
     return FastLongSpeechConfig.from_pretrained(name, **fields)
 
 
-def load_model(name: str, device: str, dtype: torch.dtype, **fields: Any) -> Any:
+def benchmark_model(name: str, device: str, dtype: torch.dtype, **fields: Any) -> Any:
     """Returns a model of `SIZES` with random weights, or the one in a folder, that answers without ending.
 
     Args:

@@ -29,10 +29,10 @@ from .common import (
     FRAMES_PER_SECOND,
     Benchmark,
     Goal,
+    benchmark_model,
     clock,
     figure,
     growth,
-    load_model,
     number,
     parse,
     ratio,
@@ -58,7 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parse(__doc__ or "", argv, models=("tenth", "7b"), seconds=SECONDS)
     device, quick = arguments.device, arguments.quick
-    model = load_model(arguments.model, device, arguments.dtype)
+    model = benchmark_model(arguments.model, device, arguments.dtype)
     cost = ModelCost(model.config)
     stock = stock_model(model)
     benchmark = Benchmark("prefill", arguments)

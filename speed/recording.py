@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fastlongspeech import load_recording
 from fastlongspeech.app.markdown import table
 
-from .common import Benchmark, Goal, PeakMemory, growth, load_config, load_model, number, parse, tiny_processor
+from .common import Benchmark, Goal, PeakMemory, benchmark_model, growth, load_config, number, parse, tiny_processor
 from .frontend import write_noise
 
 SECONDS = (60, 600, 3600, 36_000)
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parse(__doc__ or "", argv, models=("tenth", "7b"), seconds=SECONDS)
     device = arguments.device
     processor = tiny_processor(load_config(arguments.model).audio_config.num_mel_bins)  # type: ignore[union-attr]
-    model = load_model(arguments.model, device, arguments.dtype, audio_token_index=processor.audio_token_id)
+    model = benchmark_model(arguments.model, device, arguments.dtype, audio_token_index=processor.audio_token_id)
     benchmark = Benchmark("recording", arguments)
     with tempfile.TemporaryDirectory() as folder:
         path = write_noise(Path(folder, "recording.flac"), 1, 16_000, 1)

@@ -31,12 +31,12 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ...app.session import find_device
+from ...app.loading import find_device
 from ...data.tasks import Example, QuestionSet, load_questions
 from ...recordings_fastlongspeech import EncodedRecordings
 from ..answering import Answerer
 from ..journal import Journal, read_journal
-from ..run import DATA, SUMMARY, find_judge, load_model, parse_arguments, predict, score
+from ..run import DATA, SUMMARY, find_judge, load_wanted, parse_arguments, predict, score
 from .recipe import MODELS, NTK_ROPE, OURS, RIVALS, Recipe
 from .report import write_report
 from .results import SECONDS
@@ -59,7 +59,7 @@ class Models:
         wanted = arguments.model, arguments.dtype, arguments.compression == "ntk_rope", device
         if wanted != self._wanted:
             self._loaded = None  # two might be too large
-            self._wanted, self._loaded = wanted, load_model(arguments, device)
+            self._wanted, self._loaded = wanted, load_wanted(arguments, device)
             model = self._loaded[0]
             encoder = f"{model.dtype} {model.fingerprint()}"
             if encoder != self._encoder:
