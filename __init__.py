@@ -1,14 +1,13 @@
 """FastLongSpeech: ask questions about recordings of any duration.
 
-Importing the package registers its classes with transformers' Auto classes, so that checkpoints load without
-`trust_remote_code`.
+Taking anything from the package, as by `from fastlongspeech import FastLongSpeechProcessor`, loads torch and
+transformers and registers the classes with transformers' Auto classes, so that checkpoints load without
+`trust_remote_code`. Importing the package alone loads neither: a command that needs no model answers at once.
 """
 
-import sys
+from typing import TYPE_CHECKING, Any
 
-try:
-    from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
-
+if TYPE_CHECKING:
     from .audio_fastlongspeech import load_recording
     from .configuration_fastlongspeech import FastLongSpeechConfig
     from .modeling_fastlongspeech import (
@@ -18,10 +17,6 @@ try:
     )
     from .processing_fastlongspeech import FastLongSpeechProcessor
     from .recordings_fastlongspeech import EncodedRecordings
-except KeyboardInterrupt:
-    if hasattr(sys, "ps1"):
-        raise
-    sys.exit(130)  # Ctrl-C while torch loads: commands leave quietly
 
 __all__ = [
     "EncodedRecordings",
@@ -33,7 +28,32 @@ __all__ = [
     "load_recording",
 ]
 
-AutoConfig.register(FastLongSpeechConfig.model_type, FastLongSpeechConfig, exist_ok=True)
-AutoModel.register(FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, exist_ok=True)
-AutoModelForMultimodalLM.register(FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, exist_ok=True)
-AutoProcessor.register(FastLongSpeechConfig, FastLongSpeechProcessor, exist_ok=True)
+
+if not TYPE_CHECKING:  # a type checker would take this for leave to name anything
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        loaded = _load()
+        globals().update({public: loaded[public] for public in __all__})
+        return globals()[name]
+
+
+def _load() -> dict[str, Any]:
+    """Returns the public names with what they stand for, which transformers' Auto classes know from then on."""
+    from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
+
+    from . import audio_fastlongspeech, modeling_fastlongspeech, processing_fastlongspeech, recordings_fastlongspeech
+
+    modules = (audio_fastlongspeech, modeling_fastlongspeech, processing_fastlongspeech, recordings_fastlongspeech)
+    loaded = {name: value for module in modules for name, value in vars(module).items()}
+    config, model = loaded["FastLongSpeechConfig"], loaded["FastLongSpeechForConditionalGeneration"]
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForMultimodalLM.register(config, model, exist_ok=True)
+    AutoProcessor.register(config, loaded["FastLongSpeechProcessor"], exist_ok=True)
+    return loaded
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

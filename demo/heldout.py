@@ -18,10 +18,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from .. import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
 from ..evaluation.answering import answer_batch
 from ..evaluation.scoring import whisper_normalizer
-from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
-from ..processing_fastlongspeech import FastLongSpeechProcessor
 
 # split, and the target lengths its questions are asked at (None: every frame).
 CONDITIONS: tuple[tuple[str, tuple[int | None, ...]], ...] = (

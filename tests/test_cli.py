@@ -122,6 +122,18 @@ def test_cost_of_durations(checkpoint, capsys):
     assert "at least one 40 ms frame, got -1" in capsys.readouterr().err
 
 
+def test_cost_and_ask_take_the_configuration_s_target_length(checkpoint, recordings, tmp_path, capsys):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"target_length": 100}))
+    options = ["--model", folder, "--json", "--max-new-tokens", 1]
+    tokens = []
+    for command in (["cost", recordings[0]], ["ask", recordings[0], QUESTION]):
+        assert run(*command, *options) == 0
+        tokens.append(json.loads(capsys.readouterr().out)["recordings"][0]["tokens"])
+    assert tokens == [100, 100]
+
+
 def test_an_answer_that_was_stopped_is_said_to_be(checkpoint, recordings, capsys):
     run("ask", recordings[1], QUESTION, "--model", checkpoint, "--max-new-tokens", 1)
     assert "the answer may go on: it reached --max-new-tokens 1\n" in capsys.readouterr().err
@@ -163,18 +175,96 @@ def test_options_without_meaning_are_refused(capsys):
     assert "--ctc reads every frame" in capsys.readouterr().err
 
 
-def test_ctrl_c_leaves_quietly(checkpoint, recordings):
-    command = [sys.executable, "-m", "fastlongspeech", "ask", recordings[0], QUESTION, "--model", str(checkpoint)]
-    process = subprocess.Popen(
-        [*command, "--max-new-tokens", "100000"],
-        stdout=subprocess.DEVNULL,
+LIGHT = """
+import contextlib, io, json, sys
+from fastlongspeech.app import cli
+
+for command in json.loads(sys.argv[1]):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            status = cli.main(command)
+        except SystemExit as end:
+            status = end.code
+    heavy = {"torch", "transformers"} & sys.modules.keys()
+    print(json.dumps([status, sorted(heavy), out.getvalue()]))
+"""
+
+
+def test_what_needs_no_model_does_not_load_torch(checkpoint, recordings):
+    model = ["--model", str(checkpoint)]
+    commands: list[tuple[int, list[str], str]] = [
+        (0, ["--help"], "ask | transcribe | cost | evaluate"),
+        (0, ["ask", "--help"], "--max-new-tokens"),
+        (2, ["ask", "a.wav"], "the following arguments are required: QUESTION"),
+        (2, ["ask", "a.wav", QUESTION, "--dtype", "int3"], "invalid choice"),
+        (2, ["ask", "a.wav", QUESTION, "--target-length", "0"], "it must be a positive integer, got 0"),
+        (2, ["translate"], "invalid choice"),
+        (0, ["cost", *recordings, *model], "31.0 s, 2 windows, 775 frames -> 750 tokens"),
+        (0, ["cost", "--seconds", "3600", "--model", defaults.QWEN2_AUDIO], "120 windows, 90000 frames"),
+        (1, ["cost", "missing.wav", "--model", "/nowhere"], "/nowhere is no folder"),
+    ]
+    done = start(["-c", LIGHT, json.dumps([command for _, command, _ in commands])], stdout=subprocess.PIPE)
+    lines = done.communicate(timeout=120)[0].splitlines()
+    for (expected, command, text), line in zip(commands, lines, strict=True):
+        status, heavy, printed = json.loads(line)
+        assert (status, heavy) == (expected, []), command
+        assert text in printed
+
+
+PACKAGE = """
+import sys, fastlongspeech
+assert "load_recording" in dir(fastlongspeech) and "FastLongSpeechModel" in dir(fastlongspeech)
+try:
+    fastlongspeech.nothing
+except AttributeError as error:
+    assert str(error) == "module 'fastlongspeech' has no attribute 'nothing'"
+else:
+    raise AssertionError
+assert not {"torch", "transformers"} & sys.modules.keys()
+from fastlongspeech import *
+from transformers import AutoConfig, AutoProcessor
+assert FastLongSpeechProcessor is fastlongspeech.FastLongSpeechProcessor
+assert type(AutoConfig.from_pretrained(sys.argv[1])) is FastLongSpeechConfig
+assert type(AutoProcessor.from_pretrained(sys.argv[1])) is FastLongSpeechProcessor
+"""
+
+
+def test_the_package_loads_its_classes_when_one_is_taken(checkpoint):
+    process = start(["-c", PACKAGE, str(checkpoint)])
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+
+
+def start(arguments: list[str], path: list[str] = sys.path, stdout: int = subprocess.DEVNULL) -> subprocess.Popen:
+    """A Python of its own, whose stderr can be read."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in background
     )
-    assert process.stderr is not None
-    assert process.stderr.readline().endswith("775 frames -> 750 tokens\n")
-    process.send_signal(signal.SIGINT)
+
+
+def test_ctrl_c_while_torch_loads_leaves_quietly(checkpoint, recordings, tmp_path):
+    """A torch that is interrupted as it begins to load."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    process = start(["-m", "fastlongspeech", "ask", recordings[0], QUESTION], path=[str(tmp_path), *sys.path])
     _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+
+
+def test_ctrl_c_leaves_quietly(checkpoint, recordings):
+    command = ["-m", "fastlongspeech", "ask", recordings[0], QUESTION, "--model", str(checkpoint)]
+    process = start([*command, "--max-new-tokens", "100000"])
+    assert process.stderr is not None
+    try:
+        # Libraries may have something to say before; where the process ends, there are no more lines.
+        assert any(line.endswith("775 frames -> 750 tokens\n") for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, err) == (130, "")

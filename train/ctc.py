@@ -27,9 +27,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import set_seed
 
+from .. import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
 from ..data.manifests import SpeechRows, load_rows, refuse
-from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
-from ..processing_fastlongspeech import FastLongSpeechProcessor
 from ..windows_fastlongspeech import WINDOWS
 from .batches import CTCCollator
 from .stage import DTYPES, StageArguments, StageTrainer, export, open_run, parse_settings

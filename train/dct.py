@@ -18,10 +18,9 @@ from pathlib import Path
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
+from .. import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
 from ..compression_fastlongspeech import check_compression
 from ..data.manifests import load_rows
-from ..modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
-from ..processing_fastlongspeech import FastLongSpeechProcessor
 from .batches import DCTCollator
 from .stage import DTYPES, StageArguments, StageTrainer, export, open_run, parse_settings
 
