@@ -9,12 +9,13 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 from os.path import commonprefix  # of any lists
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..app.session import Answer
 from ..compression_fastlongspeech import COMPRESSIONS
 from ..extractor_fastlongspeech import FastLongSpeechAudioOutput
 from ..prompts_fastlongspeech import TRANSCRIBE, embed_prompts
@@ -29,13 +30,6 @@ METHODS = {
 }
 CASCADE = "This is the transcript of a recording: {transcript}\n\n{question}"
 TRANSCRIPT_TOKENS = 256  # of one 30 s window: 75 words at 150 a minute, and room
-
-
-class Answer(NamedTuple):
-    """``text``, and whether it ``ended`` by itself before the limit of tokens."""
-
-    text: str
-    ended: bool
 
 
 def make_prompt(processor: Any, question: str, audio: bool) -> str:

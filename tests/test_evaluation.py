@@ -16,8 +16,9 @@ import torch
 
 from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
 from fastlongspeech.app import cli
+from fastlongspeech.app.session import Answer
 from fastlongspeech.data.tasks import EMOTIONS, load_questions
-from fastlongspeech.evaluation.answering import TRANSCRIPT_TOKENS, Answer, Answerer, answer_batch
+from fastlongspeech.evaluation.answering import TRANSCRIPT_TOKENS, Answerer, answer_batch
 from fastlongspeech.evaluation.journal import read_journal
 from fastlongspeech.evaluation.run import make_batches
 from fastlongspeech.evaluation.scoring import whisper_normalizer
