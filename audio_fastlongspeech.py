@@ -256,8 +256,6 @@ def refuse_cut_wav(source: str | BytesIO, name: str) -> None:
             file.seek(size + size % 2, os.SEEK_CUR)
 
 
-
-
 def list_recordings(audio: Any) -> list:
     """Returns the recordings in `audio`, one or a list of them, nested or not, as a flat list."""
     if isinstance(audio, Sequence) and not isinstance(audio, (str, bytes, bytearray, memoryview)):

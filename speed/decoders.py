@@ -1,7 +1,7 @@
 """What decoders of audio read of whole, cut and mislabelled files: the table of docs/audio.md.
 
     pip install torchcodec  # left out of the table where it is missing
-    python -m fastlongspeech.benchmarks.decoders demo/recording.flac
+    python -m fastlongspeech.speed.decoders demo/recording.flac
 
 `ffmpeg` makes the files from the recording. Every cell has the seconds that a decoder returns of the file.
 """
@@ -17,7 +17,7 @@ import soundfile
 from transformers.audio_utils import load_audio
 
 from fastlongspeech import load_recording
-from fastlongspeech.markdown import table
+from fastlongspeech.app.markdown import table
 
 try:
     from torchcodec.decoders import AudioDecoder

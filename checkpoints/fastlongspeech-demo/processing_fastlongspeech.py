@@ -6,7 +6,7 @@ windows, log-mel features, placeholder counts) -> `FastLongSpeechProcessor.__cal
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import AudioKwargs, ProcessorMixin, TextKwargs
 from transformers.utils import CONFIG_NAME, cached_file
 
-from .audio_fastlongspeech import list_recordings, load_recording
+from .audio_fastlongspeech import SOURCE_KEYS, list_recordings, load_recording
 from .compression_fastlongspeech import check_compression
 from .configuration_fastlongspeech import FastLongSpeechConfig
 from .fusion_fastlongspeech import check_target_length
@@ -43,7 +43,7 @@ CALL_OPTIONS = {
     *AudioKwargs.__annotations__,
 }
 CALL_OPTIONS -= {"return_tensors"}
-AUDIO_KEYS = ("audio", "path", "url", "audio_url")
+AUDIO_TYPES = ("audio", "input_audio", "audio_url")
 
 # Qwen2-Audio's: every recording is announced as "Audio 1:", "Audio 2:", ... and has one placeholder.
 CHAT_TEMPLATE = (
@@ -84,6 +84,26 @@ def _configured_length(source: str, hub_kwargs: dict[str, Any]) -> int | None:
     """Returns the `target_length` in the `config.json` of a folder or repository; None where there is none."""
     path = cached_file(source, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
     return None if path is None else json.loads(Path(path).read_text(encoding="utf-8")).get("target_length")
+
+
+def _plain_part(part: Any, load: Callable) -> dict[str, Any]:
+    """Returns a part of a chat as transformers writes it, `load`ed if it is audio; None of `load` is just a place."""
+    got = f"a {type(part).__name__}"
+    if isinstance(part, Mapping):
+        kind, has_source = part.get("type"), any(part.get(key) is not None for key in SOURCE_KEYS)
+        if kind in AUDIO_TYPES or (kind is None and has_source):
+            loaded = load(part)
+            return {"type": "audio"} if loaded is None else {"type": "audio", "audio": loaded}
+        if kind in ("text", None) and isinstance(part.get("text"), str) and not has_source:
+            return {"type": "text", "text": part["text"]}
+        got = f"{kind!r} with the keys {sorted(part)}"
+    raise ValueError(f'a part of a chat must be of the type "text" or {", ".join(AUDIO_TYPES)}, got {got}.')
+
+
+def _plain_message(message: Mapping, load: Callable) -> Mapping:
+    if not isinstance(message.get("content"), (list, tuple)):
+        return message
+    return {**message, "content": [_plain_part(part, load) for part in message["content"]]}
 
 
 class FastLongSpeechProcessor(ProcessorMixin):
@@ -362,36 +382,31 @@ class FastLongSpeechProcessor(ProcessorMixin):
         """Returns a conversation as a prompt or, with `tokenize=True`, as the inputs of the model.
 
         As in transformers; an audio part is `{"type": "audio", "audio" | "path" | "url": ...}` with anything
-        `load_recording` takes, and `__call__`'s arguments (`target_length`, `compression`, ...) may be
-        given directly or in `processor_kwargs`.
+        `load_recording` takes, or OpenAI's, of the type "input_audio" or "audio_url". `{"type": "audio"}` alone is
+        the place of one of `recordings`. `__call__`'s arguments (`target_length`, `recordings`, ...) may be given
+        directly or in `processor_kwargs`.
+
+        Raises:
+            ValueError: a part of the chat is neither audio nor text, or anything `__call__` refuses.
         """
+
+        def load(part: Mapping) -> Any:
+            if encoded and set(part) == {"type"}:
+                return None  # the place of one of `recordings`
+            return load_recording(part, sampling_rate, rate) if kwargs.get("tokenize") else part
+
+        rate, sampling_rate, encoded = self.feature_extractor.sampling_rate, None, False
         if kwargs.get("tokenize"):
             call_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
             call_kwargs.update({name: kwargs.pop(name) for name in CALL_OPTIONS & kwargs.keys()})
             sampling_rate = _pop_sampling_rate(call_kwargs)
-            rate = self.feature_extractor.sampling_rate
-            batched = not isinstance(conversation[0], Mapping)
-            conversation = [
-                [self._with_loaded_audio(message, sampling_rate, rate) for message in messages]
-                for messages in (conversation if batched else [conversation])
-            ]
-            conversation = conversation if batched else conversation[0]
+            encoded = call_kwargs.get("recordings") is not None
             kwargs["processor_kwargs"] = {**call_kwargs, "sampling_rate": rate}
+        if isinstance(conversation[0], Mapping):
+            conversation = [_plain_message(message, load) for message in conversation]
+        else:
+            conversation = [[_plain_message(message, load) for message in messages] for messages in conversation]
         return super().apply_chat_template(conversation, *args, **kwargs)
-
-    @staticmethod
-    def _with_loaded_audio(message: Mapping, sampling_rate: float | None, rate: int) -> dict[str, Any]:
-        """Returns a message whose audio parts hold mono samples at `rate` hertz, which transformers passes on."""
-        if not isinstance(message.get("content"), (list, tuple)):
-            return dict(message)
-        content = []
-        for part in message["content"]:
-            sources = [part[key] for key in AUDIO_KEYS if part.get("type") == "audio" and part.get(key) is not None]
-            loaded = [
-                {"type": "audio", "audio": load_recording(source, sampling_rate, rate)} for source in sources[:1]
-            ]
-            content += loaded or [part]
-        return {**message, "content": content}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what `processor_config.json` holds, with the class to load by `trust_remote_code`."""
