@@ -37,7 +37,7 @@ class FastLongSpeechConfig(Qwen2AudioConfig):
 
     Args:
         audio_config, text_config, audio_token_index: as in `Qwen2AudioConfig`; the encoder may be Whisper's of any
-            size (80 or 128 mel bins), the language model any causal one of transformers.
+            size (80 or 128 mel bins), the language model any causal one of transformers whose head has no bias.
         tie_word_embeddings: whether the head is the token embeddings; absent: as `text_config` says.
         ctc_vocab_size: pieces the CTC decoder tells apart, without the blank, which is one more and comes last;
             0 means the language model's own vocabulary.
