@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict, validated_field
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.models.qwen2_audio.configuration_qwen2_audio import Qwen2AudioConfig
 
 from .compression_fastlongspeech import check_compression
@@ -160,5 +161,7 @@ class FastLongSpeechConfig(Qwen2AudioConfig):
 
 
 FastLongSpeechConfig.register_for_auto_class()
+# The server and the pipelines of transformers look classes up in this table of names.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("fastlongspeech", "FastLongSpeechForConditionalGeneration")
 
 __all__ = ["FastLongSpeechConfig"]
