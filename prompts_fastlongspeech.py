@@ -174,6 +174,8 @@ class FastLongSpeechGenerationMixin(GenerationMixin):
                 recordings would not be heard.
         """
         parent: Any = super()
+        if hasattr(tokenizer := kwargs.get("tokenizer"), "tokenizer"):  # stop strings need a processor's own
+            kwargs["tokenizer"] = tokenizer.tokenizer
         audio_inputs = {name: kwargs.pop(name, None) for name in AUDIO_INPUTS}
         hears = audio_inputs["input_features"] is not None or audio_inputs["recordings"] is not None
         attention_mask = kwargs.get("attention_mask")

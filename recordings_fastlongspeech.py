@@ -120,7 +120,8 @@ def fingerprint_weights(module: nn.Module) -> str:
     for name, weight in module.named_parameters():
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         if not weight.is_meta:
-            plain = weight.dequantize() if hasattr(weight, "__tensor_flatten__") else weight  # a quantiser's own tensors
+            # torchao's own tensors can't be flattened
+            plain = weight.dequantize() if hasattr(weight, "__tensor_flatten__") else weight
             flat = plain.detach().flatten()
             values.append(flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].bfloat16())
     if values:
