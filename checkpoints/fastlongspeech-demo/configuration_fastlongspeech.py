@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict, validated_field
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.models.qwen2_audio.configuration_qwen2_audio import Qwen2AudioConfig
 
 from .compression_fastlongspeech import check_compression
@@ -37,7 +38,7 @@ class FastLongSpeechConfig(Qwen2AudioConfig):
 
     Args:
         audio_config, text_config, audio_token_index: as in `Qwen2AudioConfig`; the encoder may be Whisper's of any
-            size (80 or 128 mel bins), the language model any causal one of transformers.
+            size (80 or 128 mel bins), the language model any causal one of transformers whose head has no bias.
         tie_word_embeddings: whether the head is the token embeddings; absent: as `text_config` says.
         ctc_vocab_size: pieces the CTC decoder tells apart, without the blank, which is one more and comes last;
             0 means the language model's own vocabulary.
@@ -160,5 +161,7 @@ class FastLongSpeechConfig(Qwen2AudioConfig):
 
 
 FastLongSpeechConfig.register_for_auto_class()
+# The server and the pipelines of transformers look classes up in this table of names.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("fastlongspeech", "FastLongSpeechForConditionalGeneration")
 
 __all__ = ["FastLongSpeechConfig"]

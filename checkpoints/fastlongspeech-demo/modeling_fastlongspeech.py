@@ -158,13 +158,16 @@ class FastLongSpeechForConditionalGeneration(FastLongSpeechGenerationMixin, Qwen
     config: FastLongSpeechConfig
     # The whole path: a bare name would not keep quantisers off.
     _keep_in_fp32_modules = ["model.ctc_decoder"]
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: FastLongSpeechConfig) -> None:
         Qwen2AudioPreTrainedModel.__init__(self, config)
         self.model = FastLongSpeechModel(config)
         text_config = config.get_text_config()
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        # The head may be tied to the token embeddings, which language models give different names.
+        embeddings = self.model.get_input_embeddings().weight
+        name = next(name for name, weight in self.model.named_parameters() if weight is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"model.{name}"}
         self.post_init()
 
     @classmethod

@@ -150,11 +150,17 @@ class FastLongSpeechProcessor(ProcessorMixin):
                 )
             self.ctc_tokenizer = sentencepiece.SentencePieceProcessor(model_file=os.fspath(ctc_model))
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        # Pipelines batch by these, and refuse two that differ. Calls of the processor pad on the left all the same.
+        tokenizer.padding_side = feature_extractor.padding_side
 
     @property
     def ctc_vocab_size(self) -> int:
         """Pieces of the CTC vocabulary without the blank; 0 when it is the tokenizer's own."""
         return 0 if self.ctc_tokenizer is None else self.ctc_tokenizer.vocab_size()
+
+    def get_vocab(self) -> dict[str, int]:
+        """Returns the tokenizer's vocabulary: servers hand the processor out as the tokenizer of stop strings."""
+        return self.tokenizer.get_vocab()
 
     @property
     def model_input_names(self) -> list[str]:

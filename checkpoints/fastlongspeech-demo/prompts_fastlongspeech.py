@@ -83,14 +83,17 @@ def embed_prompts(
         embed: the language model's token embeddings.
         audio_token_id: the placeholder.
         input_ids, attention_mask: `(B, S)`; every run of placeholders is fitted to its recording, whatever its length.
-        audio: what `hear` or `compress` returned for the runs, in reading order.
+        audio: what `hear` or `compress` returned for the runs, in reading order; None for prompts of text alone.
     """
+    embeddings = None if audio is None else audio.pooler_output
     placeholders = (input_ids == audio_token_id) & attention_mask.bool()
-    input_ids, attention_mask = resize_placeholders(input_ids, attention_mask, placeholders, audio.audio_lengths)
-    device = audio.pooler_output.device
-    input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
+    lengths = placeholder_runs(placeholders) if audio is None else audio.audio_lengths
+    input_ids, attention_mask = resize_placeholders(input_ids, attention_mask, placeholders, lengths)
+    if embeddings is None:
+        return input_ids, attention_mask, embed(input_ids)
+    input_ids, attention_mask = input_ids.to(embeddings.device), attention_mask.to(embeddings.device)
     placeholders = (input_ids == audio_token_id) & attention_mask.bool()
-    return input_ids, attention_mask, insert_audio(embed(input_ids), placeholders, audio.pooler_output)
+    return input_ids, attention_mask, insert_audio(embed(input_ids), placeholders, embeddings)
 
 
 def placeholder_runs(placeholders: Tensor) -> Tensor:
@@ -158,7 +161,7 @@ class FastLongSpeechGenerationMixin(GenerationMixin):
     get_input_embeddings: Any
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Returns the caller's `input_ids` followed by the answers, as any `generate` of transformers.
 
         `target_length` (any) and `compression` overrule what the processor prepared: the prompt's placeholders are
@@ -167,38 +170,57 @@ class FastLongSpeechGenerationMixin(GenerationMixin):
         on any side.
 
         Raises:
-            ValueError: placeholders and recordings do not fit, the prefill is to be chunked, or an assistant model,
-                which would not hear the recordings, is to help.
+            ValueError: placeholders and recordings do not fit, or a way to generate is asked for in which the
+                recordings would not be heard.
         """
         parent: Any = super()
+        if hasattr(tokenizer := kwargs.get("tokenizer"), "tokenizer"):  # stop strings need a processor's own
+            kwargs["tokenizer"] = tokenizer.tokenizer
         audio_inputs = {name: kwargs.pop(name, None) for name in AUDIO_INPUTS}
-        if audio_inputs["input_features"] is None and audio_inputs["recordings"] is None:
-            return parent.generate(inputs, *args, **kwargs)
+        hears = audio_inputs["input_features"] is not None or audio_inputs["recordings"] is not None
+        attention_mask = kwargs.get("attention_mask")
+        padded_right = attention_mask is not None and attention_mask.ndim == 2 and not attention_mask[:, -1].all()
+        if not hears and not padded_right:
+            return parent.generate(inputs, generation_config, **kwargs)
 
-        settings = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
-        if kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
-            raise ValueError("prefill_chunk_size cannot split prompts that hold recordings; leave it out.")
-        if kwargs.get("assistant_model") is not None:
-            raise ValueError(
-                "assistant_model would draft answers without hearing the recordings; leave it out, or speed answers "
-                "up by prompt_lookup_num_tokens."
-            )
         input_ids = kwargs.pop("input_ids", inputs)
         attention_mask = kwargs.pop("attention_mask", None)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        placeholders = (input_ids == self.config.audio_token_id) & attention_mask.bool()
-        audio = hear(self.model, placeholders, resize=True, **audio_inputs)
+        audio = None
+        if hears:
+            self._refuse_unheard(generation_config or self.generation_config, kwargs)
+            placeholders = (input_ids == self.config.audio_token_id) & attention_mask.bool()
+            audio = hear(self.model, placeholders, resize=True, **audio_inputs)
         _, attention_mask, inputs_embeds = embed_prompts(
             self.get_input_embeddings(), self.config.audio_token_id, input_ids, attention_mask, audio
         )
         self._warn_beyond_context(inputs_embeds.shape[1])
         return parent.generate(
             input_ids.to(inputs_embeds.device),
-            *args,
+            generation_config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             **kwargs,
         )
+
+    @staticmethod
+    def _refuse_unheard(generation_config: Any, options: dict[str, Any]) -> None:
+        """Raises a ValueError where transformers would read the prompts again, without their recordings."""
+
+        def asked(name: str) -> Any:
+            value = options.get(name)
+            return getattr(generation_config, name, None) if value is None else value
+
+        if asked("prefill_chunk_size"):
+            raise ValueError("prefill_chunk_size cannot split prompts that hold recordings; leave it out.")
+        if asked("cache_implementation") == "paged":
+            raise ValueError("cache_implementation='paged' would answer without the recordings; leave it out.")
+        for name in ("assistant_model", "assistant_early_exit"):
+            if asked(name) is not None:
+                raise ValueError(
+                    f"{name} would draft answers without hearing the recordings; leave it out, or speed answers up by "
+                    "prompt_lookup_num_tokens."
+                )
 
     def _warn_beyond_context(self, tokens: int) -> None:
         context = getattr(self.config.get_text_config(), "max_position_embeddings", None)

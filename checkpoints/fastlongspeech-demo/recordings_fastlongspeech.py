@@ -120,7 +120,9 @@ def fingerprint_weights(module: nn.Module) -> str:
     for name, weight in module.named_parameters():
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         if not weight.is_meta:
-            flat = weight.detach().flatten()
+            # torchao's own tensors can't be flattened
+            plain = weight.dequantize() if hasattr(weight, "__tensor_flatten__") else weight
+            flat = plain.detach().flatten()
             values.append(flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].bfloat16())
     if values:
         device = values[0].device
