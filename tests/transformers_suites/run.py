@@ -25,6 +25,7 @@ CACHE = HERE.parents[1] / ".cache" / "transformers_suites"
 STAND_INS = {
     "transformers_tests/__init__.py": "",
     "transformers_tests/exporters/test_export.py": "class ExportTesterMixin: pass\n",
+    # Empty: generation is not tested here, but in tests/test_generation_strategies.py.
     "transformers_tests/generation/test_utils.py": "class GenerationTesterMixin: pass\n",
     "transformers_tests/utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
     "utils/fetch_hub_objects_for_ci.py": "def url_to_local_path(url): return __file__.replace('.py', '.wav')\n",

@@ -6,12 +6,13 @@ from unittest.mock import Mock, patch
 
 import torch
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioModel
 from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 
 from fastlongspeech.configuration_fastlongspeech import FastLongSpeechConfig
-from fastlongspeech.modeling_fastlongspeech import FastLongSpeechForConditionalGeneration
+from fastlongspeech.modeling_fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechModel
 
 MEL_FRAMES = 60  # of one window of the tiny model: twice its encoder's positions
 AUDIO_TOKENS = 15  # one for each pooled frame of such a window
@@ -35,8 +36,9 @@ class AudioModelTester:
     num_attention_heads = 4
     is_training = True
 
-    def __init__(self, config_class: type[Qwen2AudioConfig], **settings: Any) -> None:
+    def __init__(self, config_class: type[Qwen2AudioConfig], base_model_class: type, **settings: Any) -> None:
         self.config_class = config_class
+        self.base_model_class = base_model_class  # without it the suite leaves its tests of rotary positions out
         self.settings = settings
 
     def get_config(self) -> Qwen2AudioConfig:
@@ -78,7 +80,11 @@ class AudioModelTester:
 
 
 class AudioModelTests(ModelTesterMixin, GenerationTesterMixin):
-    """What the suite has to know about any Qwen2-Audio."""
+    """What the suite has to know about any Qwen2-Audio.
+
+    `GenerationTesterMixin` is empty here: the source distribution does not carry it, and no generation is tested in
+    these suites. `tests/test_generation_strategies.py` does that.
+    """
 
     _is_composite = True
     config_tester: ConfigTester
@@ -93,7 +99,7 @@ class StockModelTest(AudioModelTests, unittest.TestCase):
     all_model_classes = (Qwen2AudioForConditionalGeneration,)
 
     def setUp(self) -> None:
-        self.model_tester = AudioModelTester(Qwen2AudioConfig)
+        self.model_tester = AudioModelTester(Qwen2AudioConfig, Qwen2AudioModel)
         self.config_tester = ConfigTester(self, config_class=Qwen2AudioConfig, has_text_modality=False)
 
 
@@ -103,7 +109,8 @@ class FastLongSpeechModelTest(AudioModelTests, unittest.TestCase):
     test_all_params_have_gradient = False  # with text labels the CTC decoder only weighs frames, without gradient
 
     def setUp(self) -> None:
-        self.model_tester = AudioModelTester(FastLongSpeechConfig, ctc_vocab_size=20, target_length=AUDIO_TOKENS)
+        settings = {"ctc_vocab_size": 20, "target_length": AUDIO_TOKENS}
+        self.model_tester = AudioModelTester(FastLongSpeechConfig, FastLongSpeechModel, **settings)
         self.config_tester = ConfigTester(self, config_class=FastLongSpeechConfig, has_text_modality=False)
 
     def _prepare_for_class(self, inputs_dict: dict, model_class: type, return_labels: bool = False) -> dict:
