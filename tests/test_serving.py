@@ -1,6 +1,8 @@
 """transformers' own doors, its server and its pipelines, on a saved folder; its server needs no port to be tested."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +23,7 @@ SERVER = """
     from transformers.cli.serving.utils import BaseHandler
 
     folder, messages, length = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-    manager = ModelManager(device="cpu", trust_remote_code=True)
+    manager = ModelManager(device="cpu", trust_remote_code=True, model_timeout=-1)  # no timer that outlives the test
     model, processor = manager.load_model_and_processor(folder + "@main")
     modality = manager.get_model_modality(model, processor=processor)
     chat = BaseHandler.get_processor_inputs_from_messages(messages, modality)
@@ -70,7 +72,10 @@ def test_transformers_serve_loads_and_answers(checkpoint: Path, clips: list[Path
     messages = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
     code = "\n".join(line[4:] for line in SERVER.splitlines())
     done = subprocess.run(
-        [sys.executable, "-c", code, str(checkpoint), json.dumps(messages), "20"], capture_output=True, text=True
+        [sys.executable, "-c", code, str(checkpoint), json.dumps(messages), "20"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
     served = json.loads(done.stdout.splitlines()[-1])
@@ -99,10 +104,14 @@ def test_stop_strings_find_their_tokens_by_the_processor(checkpoint: Path, clips
 
 
 @pytest.fixture
-def pipe(checkpoint: Path) -> Any:
+def pipe(checkpoint: Path, tmp_path: Path) -> Any:
+    """The tokenizer pads on the left by itself, as Qwen2-Audio's does."""
     from transformers import pipeline
 
-    return pipeline("any-to-any", str(checkpoint), trust_remote_code=True, device="cpu")
+    shutil.copytree(checkpoint, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left"}))
+    return pipeline("any-to-any", str(tmp_path / "model"), trust_remote_code=True, device="cpu")
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -117,9 +126,16 @@ def test_a_pipeline_answers_several_chats_as_each_alone(
         assert tokens[-5:].tolist() == new_tokens(checkpoint, chat, 9, prepared=750)
 
 
-def test_target_length_reaches_the_model_through_a_pipeline(
-    checkpoint: Path, pipe: Any, clips: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pipeline_that_loses_windows_of_long_recordings_says_what_to_do(pipe: Any, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "long.wav", speech(31), RATE)
+    chats = [chat_about(tmp_path / "long.wav", "What?")] * 2
+    options = {"max_new_tokens": 5, "target_length": 9}
+    assert len(pipe(chats, generate_kwargs=dict(options))) == 2
+    with pytest.raises(ValueError, match="windows_per_audio .* call a pipeline with batch_size=1 for recordings of"):
+        pipe(chats, batch_size=2, generate_kwargs=dict(options))
+
+
+def test_target_length_reaches_the_model_through_a_pipeline(checkpoint: Path, pipe: Any, clips: list[Path]) -> None:
     heard: list[int] = []
     language_model = pipe.model.model.language_model
     language_model.register_forward_pre_hook(
