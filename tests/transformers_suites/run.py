@@ -4,8 +4,9 @@
 
 The mixins come from the source distribution of the *installed* transformers, downloaded by pip once and kept in
 `.cache/` of the repository. It holds the test files of the top level only; `STAND_INS` replaces the helper modules
-they import and it lacks. The suites run on stock Qwen2-Audio too, because what may be skipped on ours depends on
-what is skipped there: see `conftest.py`.
+they import and it lacks. One of these is `GenerationTesterMixin`: it is empty here, so that no generation is tested by
+these suites; `tests/test_generation_strategies.py` does that instead. The suites run on stock Qwen2-Audio too, because
+what may be skipped on ours depends on what is skipped there: see `conftest.py`.
 """
 
 import importlib.metadata
@@ -25,7 +26,6 @@ CACHE = HERE.parents[1] / ".cache" / "transformers_suites"
 STAND_INS = {
     "transformers_tests/__init__.py": "",
     "transformers_tests/exporters/test_export.py": "class ExportTesterMixin: pass\n",
-    # Empty: generation is not tested here, but in tests/test_generation_strategies.py.
     "transformers_tests/generation/test_utils.py": "class GenerationTesterMixin: pass\n",
     "transformers_tests/utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
     "utils/fetch_hub_objects_for_ci.py": "def url_to_local_path(url): return __file__.replace('.py', '.wav')\n",
