@@ -225,7 +225,8 @@ class SpeechExtractor:
         if not total == len(mel_frames) == int(windows.sum()) or bool((windows < 1).any()):
             raise ValueError(
                 f"windows_per_audio {windows.tolist()} does not share out the {total} windows of input_features and "
-                f"{len(mel_frames)} of feature_attention_mask."
+                f"{len(mel_frames)} of feature_attention_mask; call a pipeline with batch_size=1 for recordings of "
+                "several windows, as its batches lose all but the first."
             )
         places = self.windows.place(mel_frames, windows)
         if not places.counts.any():
