@@ -136,8 +136,8 @@ class Sizes:
         if text.setdefault("model_type", "qwen2") == "qwen2":
             text = TEXT_DEFAULTS | text
             text.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])
-        needed = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-        needed += ("intermediate_size", "num_hidden_layers")
+        needed = ["hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
+        needed += ["intermediate_size", "num_hidden_layers"]
         if text["model_type"] not in PLAIN_DECODERS or any(text.get(name) is None for name in needed):
             return None
         window = text.get("sliding_window") if text.get("use_sliding_window", True) else None

@@ -101,7 +101,7 @@ def make_files(folder: Path):
             half.write_bytes(contents[name][: len(contents[name]) // 2])
             yield f"{name}, first half", half
 
-    def changed(name: str, suffix: str, content: bytes) -> tuple[str, Path]:
+    def changed(name: str, suffix: str, content: bytes | bytearray) -> tuple[str, Path]:
         path = folder / f"{len(contents)}-{name.replace(' ', '-').replace(',', '')}.{suffix}"
         path.write_bytes(content)
         return name, path

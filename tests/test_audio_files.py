@@ -4,6 +4,7 @@ import logging
 import re
 import subprocess
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -187,7 +188,7 @@ def test_a_pipe_is_a_file(wav):
 # Sizes in headers
 
 
-def set_size(content: bytearray, mark: bytes, size: int, order: str) -> None:
+def set_size(content: bytearray, mark: bytes, size: int, order: Literal["little", "big"]) -> None:
     place = content.index(mark) + 4
     content[place : place + 4] = size.to_bytes(4, order)
 

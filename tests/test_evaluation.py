@@ -258,11 +258,13 @@ def test_the_cascade_gives_the_transcript_of_every_window_as_text(model, clips, 
         "__call__",
         lambda self, text, **kw: seen.append(text) or inner(self, text, **kw),
     )
+    heard, compress = [], model.compress
+    monkeypatch.setattr(model, "compress", lambda *args: heard.append(args[0].lengths.tolist()) or compress(*args))
     monkeypatch.setattr("fastlongspeech.evaluation.answering.TRANSCRIPT_TOKENS", 4)
     answerer = Answerer(model, processor, "cascade", None, max_new_tokens=2)
     answerer.answer(["Who?"], ["0"], [clips / "0.wav"])
     windows, *_, (prompt,) = seen
-    assert [window.count(processor.audio_token) for window in windows] == [750, 25]
+    assert [window.count(processor.audio_token) for window in windows] == [1, 1] and heard == [[750, 25]]
     assert "Who?" in prompt and "transcript of a recording: " in prompt and processor.audio_token not in prompt
 
 

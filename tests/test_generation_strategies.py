@@ -252,7 +252,7 @@ def refuse(model: Model, inputs: Inputs, sentence: str, **options: Any) -> None:
 
 @pytest.fixture
 def assistant() -> Qwen2ForCausalLM:
-    config = FastLongSpeechConfig(**tiny_config()).get_text_config()
+    config: Any = FastLongSpeechConfig(**tiny_config()).get_text_config()
     return Qwen2ForCausalLM(config).eval()
 
 

@@ -59,7 +59,7 @@ def load_recording(audio: Any, sampling_rate: float | None = None, target_rate: 
     """
     audio, sampling_rate, name = _find_source(audio, sampling_rate)
     if isinstance(audio, (str, os.PathLike, bytes, bytearray, memoryview)):
-        blocks = decode_file(audio, name)
+        blocks: Any = decode_file(audio, name)
     else:
         array = _to_float_samples(audio)
         if sampling_rate is None:

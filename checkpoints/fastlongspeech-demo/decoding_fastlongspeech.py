@@ -324,9 +324,10 @@ def _find_samples(file: BinaryIO, start: int, total: int, head: bytes) -> _Sampl
     if head[:4] == b".snd":  # AU has no chunks, but says where its samples begin and how many bytes they are
         layout = RIFF._replace(order="big", id_bytes=0)
         return _Samples(start + int.from_bytes(head[4:8], "big"), start + 8, 4, layout)
-    layout = LAYOUTS.get((head[:4], head[8:]))
-    if layout is None:
+    found = LAYOUTS.get((head[:4], head[8:]))
+    if found is None:
         return None
+    layout = found
     place, width, long_size = start + layout.first, layout.id_bytes + layout.size_bytes, 0
     while place + width <= total:
         chunk = _read_at(file, place, width)
@@ -355,7 +356,7 @@ def _is_chunk(file: BinaryIO, place: int, total: int, layout: _Layout) -> bool:
 
 def _refuse_cut_ogg(file: BinaryIO, start: int, total: int, name: str) -> None:
     """Raises a ValueError unless every stream in an OGG file has its last page, which is marked, and has it whole."""
-    place, unfinished = start, set()
+    place, unfinished = start, set[bytes]()
     while place < total:
         page = _read_at(file, place, 27)
         if page[:4] != b"OggS" or len(page) < 27:

@@ -161,7 +161,9 @@ class FastLongSpeechGenerationMixin(GenerationMixin):
     get_input_embeddings: Any
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+    def generate(  # type: ignore[override]  # transformers names what follows, and we hand it on
+        self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Returns the caller's `input_ids` followed by the answers, as any `generate` of transformers.
 
         `target_length` (any) and `compression` overrule what the processor prepared: the prompt's placeholders are
@@ -174,14 +176,15 @@ class FastLongSpeechGenerationMixin(GenerationMixin):
                 recordings would not be heard.
         """
         parent: Any = super()
-        if hasattr(tokenizer := kwargs.get("tokenizer"), "tokenizer"):  # stop strings need a processor's own
+        tokenizer: Any = kwargs.get("tokenizer")
+        if hasattr(tokenizer, "tokenizer"):  # stop strings need a processor's own
             kwargs["tokenizer"] = tokenizer.tokenizer
         audio_inputs = {name: kwargs.pop(name, None) for name in AUDIO_INPUTS}
         hears = audio_inputs["input_features"] is not None or audio_inputs["recordings"] is not None
         attention_mask = kwargs.get("attention_mask")
         padded_right = attention_mask is not None and attention_mask.ndim == 2 and not attention_mask[:, -1].all()
         if not hears and not padded_right:
-            return parent.generate(inputs, generation_config, **kwargs)
+            return parent.generate(inputs, generation_config, *args, **kwargs)
 
         input_ids = kwargs.pop("input_ids", inputs)
         attention_mask = kwargs.pop("attention_mask", None)
@@ -198,6 +201,7 @@ class FastLongSpeechGenerationMixin(GenerationMixin):
         return parent.generate(
             input_ids.to(inputs_embeds.device),
             generation_config,
+            *args,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             **kwargs,
