@@ -14,8 +14,7 @@ from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 
-from fastlongspeech.configuration_fastlongspeech import FastLongSpeechConfig
-from fastlongspeech.modeling_fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechModel
+from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, FastLongSpeechModel
 
 MEL_FRAMES = 60  # of one window of the tiny model: twice its encoder's positions
 AUDIO_TOKENS = 15  # one for each pooled frame of such a window

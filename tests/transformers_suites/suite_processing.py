@@ -6,7 +6,7 @@ from tokenizers import pre_tokenizers
 from transformers import Qwen2AudioProcessor, Qwen2Tokenizer, WhisperFeatureExtractor
 from transformers_tests.test_processing_common import ProcessorTesterMixin
 
-from fastlongspeech.processing_fastlongspeech import FastLongSpeechProcessor
+from fastlongspeech import FastLongSpeechProcessor
 
 
 class AudioProcessorTests(ProcessorTesterMixin):
