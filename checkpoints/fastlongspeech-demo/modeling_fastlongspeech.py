@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 from transformers.models.qwen2_audio.modeling_qwen2_audio import (
     Qwen2AudioCausalLMOutputWithPast,
     Qwen2AudioForConditionalGeneration,
@@ -158,6 +159,7 @@ class FastLongSpeechForConditionalGeneration(FastLongSpeechGenerationMixin, Qwen
     config: FastLongSpeechConfig
     # The whole path: a bare name would not keep quantisers off.
     _keep_in_fp32_modules = ["model.ctc_decoder"]
+    _tp_plan = Qwen2ForCausalLM._tp_plan  # of the head
 
     def __init__(self, config: FastLongSpeechConfig) -> None:
         Qwen2AudioPreTrainedModel.__init__(self, config)
