@@ -161,8 +161,8 @@ class FastLongSpeechGenerationMixin(GenerationMixin):
     get_input_embeddings: Any
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]  # transformers names what follows, and we hand it on
-        self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
+    def generate(  # type: ignore[override]  # all others by name, so that none slips by
+        self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any
     ) -> Any:
         """Returns the caller's `input_ids` followed by the answers, as any `generate` of transformers.
 
@@ -184,7 +184,7 @@ class FastLongSpeechGenerationMixin(GenerationMixin):
         attention_mask = kwargs.get("attention_mask")
         padded_right = attention_mask is not None and attention_mask.ndim == 2 and not attention_mask[:, -1].all()
         if not hears and not padded_right:
-            return parent.generate(inputs, generation_config, *args, **kwargs)
+            return parent.generate(inputs, generation_config, **kwargs)
 
         input_ids = kwargs.pop("input_ids", inputs)
         attention_mask = kwargs.pop("attention_mask", None)
@@ -201,7 +201,6 @@ class FastLongSpeechGenerationMixin(GenerationMixin):
         return parent.generate(
             input_ids.to(inputs_embeds.device),
             generation_config,
-            *args,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             **kwargs,
