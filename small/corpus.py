@@ -26,11 +26,13 @@ from .tasks import speech_rows, task_rows
 from .texts import Story, read_addresses, read_stories, split_sentences
 from .voices import QUICK_VOICES, SAMPLING_RATE, TEST_VOICES, TRAIN_VOICES, Voice, find_kokoro, speaker
 
+HUMAN_QUESTIONS = Path(__file__).parent / "human_questions.jsonl"
 BITRATE = 24_000
 WORDS_A_MINUTE = 170
 CLIPS_BETWEEN = 6  # short clips after every section: about as many seconds as the section has
 QUICK_CLIPS_BETWEEN = 3
 EARLY_HOURS = 1.5  # of training speech before the evaluation sets
+PASSAGE_MINUTES = ((1.0, 1.9), (1.9, 3.2), (3.2, 4.8))  # lengths in turns
 TEST_QUESTIONS, DEV_QUESTIONS, TEST_CLIPS = 320, 60, 60
 
 
@@ -104,8 +106,10 @@ def passage_items(stories: Sequence[Story], voices: Sequence[Voice], questions: 
     while found < questions:
         before = found
         for story in stories:
-            low, high = ((1.0, 1.9), (1.9, 3.2), (3.2, 4.8))[len(items) % 3]
-            best = max(_stretches(story, taken[story.id], low, high), default=None)
+            turn = len(items) % len(PASSAGE_MINUTES)
+            lengths = (*PASSAGE_MINUTES[turn:], *PASSAGE_MINUTES[:turn])
+            bests = (max(_stretches(story, taken[story.id], *length), default=None) for length in lengths)
+            best = next((best for best in bests if best), None)
             if best is None or found >= questions:
                 continue
             taken[story.id] |= set(best[1])
@@ -192,7 +196,6 @@ def make(item: Item, output: Path, kokoro: str | None) -> dict:
     audio, described = output / f"{item.id}.opus", output / f"{item.id}.json"
     if described.exists():
         return json.loads(described.read_text(encoding="utf-8"))
-    audio.parent.mkdir(parents=True, exist_ok=True)
     rng = random.Random(item.seed)
     speed = rng.uniform(0.9, 1.2)
     speak = speaker(item.voice.engine, kokoro)
@@ -227,6 +230,7 @@ def make(item: Item, output: Path, kokoro: str | None) -> dict:
 def _write_opus(path: Path, samples: np.ndarray) -> None:
     # libsndfile takes Opus's bit rate as a place between 256 (0.0) and 6 kbit/s (1.0)
     level = (256_000 - BITRATE) / 250_000
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     with soundfile.SoundFile(
         unfinished, "w", SAMPLING_RATE, 1, format="OGG", subtype="OPUS", compression_level=level
@@ -242,13 +246,39 @@ def write_atomically(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
+def human_questions(speech: Path, output: Path) -> list[dict]:
+    """Returns the rows of our questions about recordings of people, and joins the recordings that are single clips.
+
+    A row's `start` and `end` (seconds) are those of the part that is asked about, `said` is where in that part the
+    sentence begins that answers.
+    """
+    rows = []
+    for line in HUMAN_QUESTIONS.read_text(encoding="utf-8").splitlines():
+        recording = json.loads(line)
+        questions = recording.pop("questions")
+        clips = recording.pop("clips", None)
+        if clips is None:
+            recording["audio"] = os.path.relpath(speech / recording["audio"], output)
+        else:
+            recording["audio"] = f"human/{recording['recording']}.opus"
+            if not (output / recording["audio"]).exists():
+                parts = [soundfile.read(speech / clip, dtype="float32")[0] for clip in clips]
+                _write_opus(output / recording["audio"], np.concatenate(parts))
+        about = recording | {"task": "question", "source": "human", "split": "test"}
+        rows += [about | question | {"answer": question["answers"][0]} for question in questions]
+    return rows
+
+
 def write_manifests(output: Path, speech: Path | None, texts: Path) -> None:
-    """Writes the manifests of all recordings that are there: `SPLIT.jsonl` and `tasks-SPLIT.jsonl`."""
+    """Writes the manifests of what is there: `SPLIT.jsonl`, `tasks-SPLIT.jsonl` and `tasks-human.jsonl`."""
     stories = read_stories(texts)
     for split, rows in speech_rows(output, speech).items():
         for name, found in ((split, rows), (f"tasks-{split}", task_rows(rows, stories))):
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found)
             write_atomically(output / f"{name}.jsonl", "".join(lines))
+    if speech is not None:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in human_questions(speech, output))
+        write_atomically(output / "tasks-human.jsonl", "".join(lines))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -272,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in tqdm(work, total=len(items), unit="recording"):
             seconds += row["duration"]
     write_manifests(options.output, options.speech, options.texts)
-    print(f"{len(items)} recordings, {seconds / 3600:.2f} hours, manifests in {options.output}")
+    print(f"{len(items)} recordings, {seconds / 3600:.2f} hours, all manifests in {options.output}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def human(tmp_path):
-    """A folder of human speech: manifests alone, the recordings are not read."""
+    """A folder of human speech: manifests of recordings that nothing reads, and short clips to be joined."""
     speech = tmp_path / "speech"
     speech.mkdir()
     long = {
@@ -54,6 +54,11 @@ def human(tmp_path):
         "gender": "f",
         "segments": [{"start": 0, "end": 2.0, "text": "NORTHANGER ABBEY"}],
     }
+    for line in corpus.HUMAN_QUESTIONS.open():
+        for number, clip in enumerate(json.loads(line).get("clips", [])):
+            (speech / clip).parent.mkdir(exist_ok=True)
+            with soundfile.SoundFile(speech / clip, "w", 16_000, 1, format="OGG", subtype="OPUS") as file:
+                file.write(np.full(1600, 0.01 * number))
     clips = [
         {"audio": "librispeech_samples/19-198-0000.opus", "text": "NORTHANGER ABBEY", "speaker": "x", "seconds": 2.0},
         {"audio": "commonvoice_rit/a.opus", "text": "He didn't.", "speaker": "c/1", "seconds": 1.0, "gender": "male"},
@@ -95,7 +100,7 @@ def test_no_text_is_read_by_two_engines_nor_twice(folder):
 
 
 def test_evaluation_comes_after_the_first_hours_and_before_the_rest(folder, monkeypatch):
-    monkeypatch.setattr(corpus, "EARLY_HOURS", 0.02)
+    monkeypatch.setattr(corpus, "EARLY_HOURS", 0.1)
     order = [item.split for item in corpus.plan(folder, 1, 1)]
     assert [split for split, _ in itertools.groupby(order)] == ["train", "val", "test", "train"]
 
@@ -145,7 +150,7 @@ def test_what_exists_is_kept_and_the_rest_is_made_as_in_one_run(folder, tmp_path
 
 
 @pytest.mark.skipif(not shutil.which("flite"), reason="needs flite")
-def test_manifests_have_every_recording_once_under_its_split(folder, human, tmp_path, monkeypatch):
+def test_manifests_have_every_recording_once_under_its_split(folder, human, tmp_path):
     output = tmp_path / "out"
     items = corpus.plan(folder, 1, 0)
     chosen = [next(i for i in items if i.split == s and i.sections) for s in ("train", "val", "test")]
@@ -234,3 +239,26 @@ def test_questions_about_sections_with_and_without_spaces(tmp_path):
 def test_kokoro_without_its_folder_is_refused():
     with pytest.raises(ValueError, match="find_kokoro"):
         voices.speaker("kokoro", None)
+
+
+def test_questions_about_people_are_short_ours_and_within_the_recording():
+    recordings = [json.loads(line) for line in corpus.HUMAN_QUESTIONS.open()]
+    assert sum(len(r["questions"]) for r in recordings) >= 60
+    for recording in recordings:
+        assert 60 <= recording["duration"] <= 600 and recording["licence"]
+        assert ("clips" in recording) != ("audio" in recording)
+        if "start" in recording:
+            assert recording["end"] - recording["start"] == pytest.approx(recording["duration"], abs=0.01)
+        for question in recording["questions"]:
+            assert question["question"].endswith("?") and 0 <= question["said"] < recording["duration"]
+            assert all(1 <= len(texts.labels(answer).split()) <= 6 for answer in question["answers"])
+
+
+def test_clips_of_one_reader_are_joined_in_order(human, tmp_path):
+    rows = corpus.human_questions(human, tmp_path / "out")
+    row = next(r for r in rows if r["recording"] == "printing")
+    samples, rate = soundfile.read(tmp_path / "out" / row["audio"])
+    assert abs(len(samples) / rate - 32 * 0.1) < 0.01  # 32 clips of a tenth of a second
+    part = next(r for r in rows if r["recording"] == "plague-b")
+    assert part["audio"] == "../speech/librispeech_long/26-495.opus" and 124 < part["start"] < 125 < part["end"]
+    assert all(r["answer"] == r["answers"][0] and r["split"] == "test" for r in rows)
