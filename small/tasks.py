@@ -63,19 +63,13 @@ def _share(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) / 2**32
 
 
-def speech_rows(output: str | Path, speech: str | Path | None) -> dict[str, list[dict]]:
-    """Returns the rows of all recordings made so far and of human speech, by split, each with its CTC `labels`."""
-    output = Path(output)
-    made = [
-        json.loads(file.read_text(encoding="utf-8"))
-        for engine in ("kokoro", "quick")
-        for file in sorted((output / engine).rglob("*.json"))
-    ]
+def speech_rows(rows: Iterable[dict]) -> dict[str, list[dict]]:
+    """Returns rows of recordings by split, each with its CTC `labels` unless its text has digits."""
     splits: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
-    for row in [*made, *([] if speech is None else human_rows(speech, output))]:
+    for row in rows:
         if row["split"] == "train" and row["speaker"] in VALIDATION_VOICES:
-            row["split"] = "val"
-        spelled = not re.search(r"\d", row["text"])  # a few stories have digits: they are passages without labels
+            row = row | {"split": "val"}
+        spelled = not re.search(r"\d", row["text"])
         splits[row["split"]].append(row | ({"labels": labels(row["text"])} if spelled else {}))
     return splits
 
