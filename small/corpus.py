@@ -32,8 +32,9 @@ WORDS_A_MINUTE = 170
 CLIPS_BETWEEN = 6  # short clips after every section: about as many seconds as the section has
 QUICK_CLIPS_BETWEEN = 3
 EARLY_HOURS = 1.5  # of training speech before the evaluation sets
-PASSAGE_MINUTES = ((1.4, 2.2), (2.2, 3.5), (3.5, 5.3))  # in turns; a quick speaker needs a quarter less
-TEST_QUESTIONS, DEV_QUESTIONS, TEST_CLIPS = 320, 60, 60
+PASSAGE_MINUTES = ((1.0, 1.9), (1.9, 3.2), (3.2, 4.8))  # in turns
+PASSAGE_SECONDS = (60, 300)  # a quick speaker may need less: held-out passages outside are in no manifest
+TEST_QUESTIONS, DEV_QUESTIONS, TEST_CLIPS = 350, 60, 60  # some in passages that turn out too short
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Item:
     @property
     def seed(self) -> int:
         """Returns the seed of what is drawn for this recording alone."""
-        return int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:8])
+        return int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:8], "big")
 
     @property
     def minutes(self) -> float:
@@ -191,15 +192,27 @@ def _take(items: Sequence[Item], hours: float) -> list[Item]:
     return list(items[: int(np.searchsorted(minutes, hours * 60))])
 
 
+def made_row(item: Item, output: Path) -> dict | None:
+    """Returns the row of a recording that is there with the same words and voice, else None."""
+    described = output / f"{item.id}.json"
+    if not described.exists():
+        return None
+    row = json.loads(described.read_text(encoding="utf-8"))
+    return row if (row["text"], row["speaker"]) == (" ".join(item.sentences), item.voice.id) else None
+
+
 def make(item: Item, output: Path, kokoro: str | None) -> dict:
-    """Makes one recording, with its row beside it, unless both exist; returns the row."""
+    """Makes one recording, with its row beside it, unless it is there; returns the row."""
+    row = made_row(item, output)
+    if row is not None:
+        return row
     audio, described = output / f"{item.id}.opus", output / f"{item.id}.json"
-    if described.exists():
-        return json.loads(described.read_text(encoding="utf-8"))
+    described.unlink(missing_ok=True)  # of other words under this name
     rng = random.Random(item.seed)
     speed = rng.uniform(0.9, 1.2)
     speak = speaker(item.voice.engine, kokoro)
-    parts, segments, at = [], [], 0
+    parts, at = [], 0
+    segments: list[dict] = []
     for sentence in item.sentences:
         pause = np.zeros(int(rng.uniform(0.15, 0.5) * SAMPLING_RATE), np.float32)
         spoken = speak(sentence, item.voice, speed)
@@ -272,8 +285,9 @@ def human_questions(speech: Path, output: Path) -> list[dict]:
 def write_manifests(items: Sequence[Item], output: Path, speech: Path | None, texts: Path) -> None:
     """Writes `SPLIT.jsonl`, `tasks-SPLIT.jsonl` and `tasks-human.jsonl` of the recordings of a plan that are there."""
     stories = read_stories(texts)
-    rows_there = [output / f"{item.id}.json" for item in items]
-    made = [json.loads(path.read_text(encoding="utf-8")) for path in rows_there if path.exists()]
+    there = [row for row in (made_row(item, output) for item in items) if row is not None]
+    low, high = PASSAGE_SECONDS
+    made = [r for r in there if r["split"] == "train" or "story" not in r or low <= r["duration"] <= high]
     for split, rows in speech_rows([*made, *([] if speech is None else human_rows(speech, output))]).items():
         for name, found in ((split, rows), (f"tasks-{split}", task_rows(rows, stories))):
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found)

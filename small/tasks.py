@@ -17,6 +17,7 @@ VALIDATION_VOICES = ("kokoro/af_nova", "kokoro/bm_daniel")  # their clips are fo
 # Which share of a source's speakers (kathleen is one speaker: of her clips) is for validation.
 HUMAN_VALIDATION = {"speechocean762": 0.05, "resemblyzer": 0.25, "commonvoice_rit": 0.3, "kathleen": 0.03}
 YOUNGEST_ADULT = 16
+LONGEST_CLIP = 30.0  # seconds
 
 
 def human_rows(speech: str | Path, output: str | Path) -> list[dict]:
@@ -56,11 +57,11 @@ def as_written(text: str) -> str:
 def _gender(entry: dict) -> str:
     if isinstance(entry.get("age"), int) and entry["age"] < YOUNGEST_ADULT:
         return ""  # nobody hears whether a child is a boy or a girl
-    return {"m": "m", "male": "m", "f": "f", "female": "f"}.get(entry.get("gender"), "")
+    return {"m": "m", "male": "m", "f": "f", "female": "f"}.get(entry.get("gender") or "", "")
 
 
 def _share(name: str) -> float:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) / 2**32
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
 
 
 def speech_rows(rows: Iterable[dict]) -> dict[str, list[dict]]:
@@ -77,9 +78,9 @@ def speech_rows(rows: Iterable[dict]) -> dict[str, list[dict]]:
 def task_rows(rows: Iterable[dict], stories: Sequence[Story], seed: int = 0) -> Iterator[dict]:
     """Yields questions with answers about recordings, and about passages as text.
 
-    Every recording of at most 30 seconds is transcribed or repeated; of a passage all explicit questions are asked,
-    one that another story answers ("it is not said"), and once more each with the text instead of the recording. The
-    speaker's sex is asked of one recording in five where it is known.
+    Every recording of at most 30 seconds, and every part of a longer one, is transcribed or repeated. Of a passage all
+    explicit questions are asked, one that another story answers ("it is not said"), and once more each with the text
+    instead of the recording. The speaker's sex is asked of one recording in five where it is known.
 
     Args:
         rows: of one split of `speech_rows`.
@@ -91,20 +92,35 @@ def task_rows(rows: Iterable[dict], stories: Sequence[Story], seed: int = 0) -> 
     for row in rows:
         rng = random.Random(f"{seed} {row['audio']}")
         about = {key: row[key] for key in ("audio", "duration", "speaker", "gender", "source", "split")}
-        if row["duration"] <= 30:
+        for clip in [row] if row["duration"] <= LONGEST_CLIP else _windows(row.get("segments", ()), rng):
             task = "repeat" if rng.random() < 0.15 else "transcribe"
-            yield about | {"task": task, "question": rng.choice(prompts[task]), "answer": row["text"]}
+            place = {key: clip[key] for key in ("start", "end") if key in clip}
+            yield about | place | {"task": task, "question": rng.choice(prompts[task]), "answer": clip["text"]}
         if row["gender"] and rng.random() < 0.2:
             answer = MAN_OR_WOMAN[row["gender"]]
             yield about | {"task": "gender", "question": rng.choice(prompts["gender"]), "answer": answer}
         if "story" not in row:
             continue
         story = by_id[row["story"]]
-        place = about | {"story": story.id, "sections": row["sections"]}
+        passage = about | {"story": story.id, "sections": row["sections"]}
         for question in story.asked(set(row["sections"])):
             pair = {"question": question.question, "answer": question.answers[0], "answers": list(question.answers)}
-            yield place | {"task": "question"} | pair
+            yield passage | {"task": "question"} | pair
             yield {"task": "text", "passage": row["text"], "source": "fairytaleqa/text", "split": row["split"]} | pair
         other = rng.choice([s for s in stories if s.split == story.split and s.id != story.id and s.questions])
         unanswered = rng.choice(other.questions).question
-        yield place | {"task": "not_said", "question": unanswered, "answer": NOT_SAID, "answers": [NOT_SAID]}
+        yield passage | {"task": "not_said", "question": unanswered, "answer": NOT_SAID, "answers": [NOT_SAID]}
+
+
+def _windows(segments: Sequence[dict], rng: random.Random) -> Iterator[dict]:
+    """Yields parts of a recording: whole sentences in a row of together at most `LONGEST_CLIP` seconds."""
+    part: list[dict] = []
+    longest = rng.uniform(8, LONGEST_CLIP)
+    for i, segment in enumerate(segments):
+        part.append(segment)
+        following = segments[i + 1]["end"] if i + 1 < len(segments) else float("inf")
+        if following - part[0]["start"] > longest:
+            if segment["end"] - part[0]["start"] <= LONGEST_CLIP:
+                text = " ".join(s["text"] for s in part)
+                yield {"start": part[0]["start"], "end": segment["end"], "text": text}
+            part, longest = [], rng.uniform(8, LONGEST_CLIP)

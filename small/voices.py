@@ -131,7 +131,7 @@ def speak_quickly(text: str, voice: Voice, speed: float) -> np.ndarray:
         command = ["flite", "-voice", voice.name, "--setf", f"duration_stretch={1 / speed}", "-o", "/dev/stdout"]
         command += ["-t", text]
     else:
-        pitch = 30 + int.from_bytes(hashlib.sha256(text.encode()).digest()[:1]) % 41  # of 99
+        pitch = 30 + int.from_bytes(hashlib.sha256(text.encode()).digest()[:1], "big") % 41  # of 99
         command = [
             "espeak-ng",
             "-v",
