@@ -38,10 +38,14 @@ ELEMENTWISE = {
 
 @torch.no_grad()
 def count(work: Callable[[], Any], custom: Mapping[Any, Any] | None = None) -> int:
-    """Returns the operations of what is called: products of matrices, convolutions and whatever `custom` counts."""
+    """Returns the operations of what is called: products of matrices, convolutions and whatever `custom` counts.
+
+    The angles of rotary positions are left out: they are a product of matrices in older versions of transformers only.
+    """
     with FlopCounterMode(display=False, custom_mapping=dict(custom or {})) as counter:
         work()
-    return counter.get_total_flops()
+    angles = [sum(n.values()) for name, n in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
+    return counter.get_total_flops() - sum(angles)
 
 
 def compression_work(
