@@ -10,17 +10,23 @@ The answer goes to stdout; durations, windows, frames, tokens and seconds to std
 
 import argparse
 import sys
+from importlib import import_module
 
-from .commands import print_answer, print_cost, print_transcript, run_evaluation
+from .commands import disable_loading_bar, print_answer, print_cost, print_transcript
 from .defaults import MAX_NEW_TOKENS, QWEN2_AUDIO
+
+# Commands whose module has a `main(argv)`: the module, the extra of this package that it needs, a line of help.
+MODULES = {
+    "evaluate": ("fastlongspeech.evaluation.run", "eval", "score a model on a benchmark"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status: 1 after an error, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] == ["evaluate"]:
-            run_evaluation(argv[1:])
+        if argv and argv[0] in MODULES:
+            run_module(argv[0], argv[1:])
         else:
             arguments = parse_arguments(argv)
             arguments.run(arguments)
@@ -30,6 +36,23 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fastlongspeech: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def run_module(command: str, argv: list[str]) -> None:
+    """Runs a command of `MODULES`.
+
+    Raises:
+        ValueError: a package that the command needs is missing.
+    """
+    module, extra, _ = MODULES[command]
+    try:
+        main = import_module(module).main
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{command} needs {error.name}, which is missing; install it with: pip install 'fastlongspeech[{extra}]'."
+        ) from error
+    disable_loading_bar()
+    main(argv)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -46,7 +69,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     shared.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
 
     parser = argparse.ArgumentParser(prog="fastlongspeech", description="Ask about recordings of any duration.")
-    commands = parser.add_subparsers(required=True, metavar="ask | transcribe | cost | evaluate")
+    commands = parser.add_subparsers(required=True, metavar=" | ".join(("ask", "transcribe", "cost", *MODULES)))
     ask_parser = commands.add_parser("ask", parents=[shared], help="answer a question about recordings")
     ask_parser.add_argument("recordings", nargs="+", metavar="RECORDING", help="audio file or URL")
     ask_parser.add_argument("question", metavar="QUESTION")
@@ -64,7 +87,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     cost_parser.add_argument("recordings", nargs="*", metavar="RECORDING", help="audio file or URL")
     cost_parser.add_argument("--seconds", type=float, nargs="+", metavar="S", help="durations instead of recordings")
     cost_parser.set_defaults(run=print_cost)
-    commands.add_parser("evaluate", add_help=False, help="score a model on a benchmark; see evaluate --help")
+    for command, (_, _, help_line) in MODULES.items():
+        commands.add_parser(command, add_help=False, help=f"{help_line}; see {command} --help")
 
     arguments = parser.parse_args(argv)
     if arguments.run is print_cost and bool(arguments.recordings) == bool(arguments.seconds):

@@ -1,4 +1,4 @@
-"""The commands `ask`, `transcribe`, `cost` and `evaluate`: what they print. Torch is loaded where a model is."""
+"""The commands `ask`, `transcribe` and `cost`: what they print. Torch is loaded where a model is."""
 
 import argparse
 import json
@@ -81,22 +81,6 @@ def print_cost(arguments: argparse.Namespace) -> None:
         print(
             json.dumps({"text_tokens": TEXT_TOKENS, "answer_tokens": longest, "recordings": facts}, ensure_ascii=False)
         )
-
-
-def run_evaluation(argv: list[str]) -> None:
-    """Scores a model on a benchmark, by the arguments of `evaluation/run.py`.
-
-    Raises:
-        ValueError: a package of the extra `eval` is missing.
-    """
-    try:
-        from ..evaluation.run import main
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"evaluate needs {error.name}, which is missing; install it with: pip install 'fastlongspeech[eval]'."
-        ) from error
-    disable_loading_bar()
-    main(argv)
 
 
 def open_session(arguments: argparse.Namespace) -> "Session":
