@@ -190,16 +190,34 @@ class SpeechExtractor:
         Raises:
             ValueError: the CTC decoder is not trained, or neither features nor recordings are given.
         """
+        if recordings is None:
+            self._check_ctc_trained()
+            recordings = self._encode(input_features, feature_attention_mask, windows_per_audio)
+        pieces = self.ctc_pieces(recordings)
+        collapsed = [of_one.unique_consecutive() for of_one in pieces.split(recordings.lengths.tolist())]
+        return [of_one[of_one != self.config.ctc_blank].tolist() for of_one in collapsed]
+
+    @torch.no_grad()
+    def ctc_pieces(self, recordings: EncodedRecordings) -> Tensor:
+        """Returns the likeliest CTC piece of every frame, `(N,)` int64 on the CPU; `config.ctc_blank` where none is.
+
+        `recordings.starts` and `recordings.ends` say when each frame is heard.
+
+        Args:
+            recordings: as `encode` returns them.
+
+        Raises:
+            ValueError: the CTC decoder is not trained, or another encoder made the recordings.
+        """
+        self._check_ctc_trained()
+        frames = self._received(recordings).frames
+        return self.ctc_decoder.by_frame(frames, self._ctc_input, lambda logits: logits.argmax(-1)).cpu()
+
+    def _check_ctc_trained(self) -> None:
         if not self.config.ctc_trained:
             raise ValueError(
                 "ctc_trained is false: this CTC decoder can't transcribe; train it first (fastlongspeech.train.ctc)."
             )
-        if recordings is None:
-            recordings = self._encode(input_features, feature_attention_mask, windows_per_audio)
-        recordings = self._received(recordings)
-        best = self.ctc_decoder.by_frame(recordings.frames, self._ctc_input, lambda logits: logits.argmax(-1)).cpu()
-        collapsed = [pieces.unique_consecutive() for pieces in best.split(recordings.lengths.tolist())]
-        return [pieces[pieces != self.config.ctc_blank].tolist() for pieces in collapsed]
 
     def compression_or_default(self, compression: str | None) -> str:
         """Returns `compression`, or the configuration's where it is absent; an unknown one is a ValueError."""

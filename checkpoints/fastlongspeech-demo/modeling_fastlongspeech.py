@@ -221,6 +221,10 @@ class FastLongSpeechForConditionalGeneration(FastLongSpeechGenerationMixin, Qwen
         """See `SpeechExtractor.ctc_transcribe`."""
         return self.model.ctc_transcribe(*args, **kwargs)
 
+    def ctc_pieces(self, recordings: EncodedRecordings) -> Tensor:
+        """See `SpeechExtractor.ctc_pieces`."""
+        return self.model.ctc_pieces(recordings)
+
     @can_return_tuple
     def forward(  # type: ignore[misc]  # position_ids is among TransformersKwargs as well
         self,

@@ -1,0 +1,68 @@
+"""Subtitles are short, end at pauses, and are read by FFmpeg as they were written."""
+
+import json
+from pathlib import Path
+
+import av
+import pytest
+
+from fastlongspeech.app.subtitles import Segment, as_json, as_srt, as_vtt, clock, segments, timestamp
+from fastlongspeech.app.words import Word
+
+
+def spoken(text: str, start: float = 0.0, each: float = 0.3) -> list[Word]:
+    """Words said one after the other, without a pause."""
+    return [Word(word, start + each * n, start + each * (n + 1)) for n, word in enumerate(text.split())]
+
+
+def test_a_pause_and_the_end_of_a_sentence_end_a_segment():
+    words = [*spoken("We met. Then she left"), *spoken("for home", start=2.5)]
+    assert [(segment.start, segment.text) for segment in segments(words)] == [
+        (0.0, "We met."),
+        (pytest.approx(0.6), "Then she left"),
+        (2.5, "for home"),
+    ]
+
+
+def test_a_segment_is_no_longer_than_one_can_read():
+    found = segments(spoken("word " * 100, each=0.2))
+    assert all(len(segment.text) <= 84 and segment.end - segment.start <= 7 for segment in found)
+    assert " ".join(segment.text for segment in found).split() == ["word"] * 100
+    assert segments([]) == []
+
+
+CUES = [
+    Segment(0.5, 2.25, "Tom & Jerry said: <i>a < b</i>"),
+    Segment(3599.9996, 3661.042, "a line that is too long for one line of a film, so it takes two"),
+]
+
+
+@pytest.mark.parametrize("write, name", [(as_srt, "a.srt"), (as_vtt, "a.vtt")])
+def test_ffmpeg_reads_the_times_and_texts(write, name, tmp_path: Path):
+    path = tmp_path / name
+    path.write_text(write(CUES), encoding="utf-8")
+    with av.open(str(path)) as file:
+        packets = [packet for packet in file.demux(file.streams.subtitles[0]) if packet.size]
+    read = [(float(p.pts * p.time_base), float((p.pts + p.duration) * p.time_base)) for p in packets]
+    assert read == [(0.5, 2.25), (3600.0, 3661.042)]
+    lines = bytes(packets[1]).decode().split("\n")
+    assert " ".join(lines) == CUES[1].text and max(map(len, lines)) <= 42
+    shown = bytes(packets[0]).decode()
+    assert shown == (CUES[0].text if write is as_srt else "Tom &amp; Jerry said: &lt;i&gt;a &lt; b&lt;/i&gt;")
+
+
+def test_no_cue_at_all_is_a_valid_file():
+    assert as_srt([]) == ""
+    assert as_vtt([]) == "WEBVTT\n"
+
+
+def test_times_as_text():
+    assert timestamp(3661.0426) == "01:01:01.043"
+    assert timestamp(59.9996, ",") == "00:01:00,000"
+    assert [clock(seconds) for seconds in (0, 9.9, 751.2, 3723)] == ["0:00", "0:09", "12:31", "1:02:03"]
+
+
+def test_json_names_the_fields_and_rounds_to_milliseconds():
+    text = as_json({"segments": [Segment(0.1 + 0.2, 1.0, "é")], "read": 3.0000001, "ended": True})
+    assert json.loads(text) == {"segments": [{"start": 0.3, "end": 1.0, "text": "é"}], "read": 3.0, "ended": True}
+    assert text.endswith("\n") and "é" in text
