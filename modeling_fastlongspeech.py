@@ -267,6 +267,7 @@ class FastLongSpeechForConditionalGeneration(FastLongSpeechGenerationMixin, Qwen
                     windows_per_audio,
                     ctc_labels,
                     kwargs.get("num_items_in_batch"),
+                    recordings,
                 )
             )
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):

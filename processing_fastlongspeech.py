@@ -206,7 +206,7 @@ class FastLongSpeechProcessor(ProcessorMixin):
         if "audios" in kwargs:
             raise ValueError("audios= is not an argument of FastLongSpeechProcessor; pass the recordings as audio=...")
         sources = [] if audio is None else list_recordings(audio)
-        if text is None and not sources:
+        if text is None and not sources and (recordings is None or ctc_text is None):
             raise ValueError("pass text, audio or both, got neither.")
         if sources and recordings is not None:
             raise ValueError("pass either audio or recordings that are encoded already, got both.")
@@ -253,7 +253,7 @@ class FastLongSpeechProcessor(ProcessorMixin):
             data.update((name, value) for name, value in audio_inputs.items() if name != "num_audio_tokens")
         if ctc_text is not None:
             transcripts = [ctc_text] if isinstance(ctc_text, str) else ctc_text
-            data["ctc_labels"] = self._encode_ctc(transcripts, len(sources))
+            data["ctc_labels"] = self._encode_ctc(transcripts, heard)
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
     def get_audio_inputs(

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from .cache import FeatureCache
+
 
 class StepSampler(Sampler):
     """Yields `(step, row number)` for every sample of an epoch: the collator learns the optimiser step from the data.
@@ -84,15 +86,21 @@ def draw_target_length(seed: int, step: int, target_lengths: Sequence[int]) -> i
     return target_lengths[int(np.random.default_rng((seed, step)).integers(len(target_lengths)))]
 
 
-class CTCCollator:
-    """Makes rows of `audio, text` into the inputs of the CTC loss."""
+def listen(processor: Any, cache: FeatureCache | None, audio: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns what the processor, and what then the model takes for recordings; see `FeatureCache.listen`."""
+    return ({"audio": audio}, {}) if cache is None else cache.listen(processor, audio)
 
-    def __init__(self, processor: Any):
-        self.processor = processor
+
+class CTCCollator:
+    """Makes rows of `audio, text` into the inputs of the CTC loss; frames in `cache` stand for their features."""
+
+    def __init__(self, processor: Any, cache: FeatureCache | None = None):
+        self.processor, self.cache = processor, cache
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns `input_features`, `feature_attention_mask`, `windows_per_audio` and `ctc_labels`."""
-        return self.processor(audio=[row["audio"] for row in rows], ctc_text=[row["text"] for row in rows])
+        heard, of_model = listen(self.processor, self.cache, [row["audio"] for row in rows])
+        return self.processor(**heard, ctc_text=[row["text"] for row in rows]) | of_model
 
 
 class DCTCollator:
@@ -101,25 +109,34 @@ class DCTCollator:
     All rows of an optimiser step get placeholders for one L, drawn from (seed, step). The step comes with the rows
     (see `StepSampler`). So L is the same in all processes, data loader workers and accumulated micro-batches, and
     after a resume. Rows that carry a `target_length` (evaluation) get that one. With the compression `"none"` every
-    frame gets a placeholder, whatever L is.
+    frame gets a placeholder, whatever L is. Frames in `cache` stand for their features.
     """
 
-    def __init__(self, processor: Any, target_lengths: Sequence[int], seed: int, compression: str | None = None):
+    def __init__(
+        self,
+        processor: Any,
+        target_lengths: Sequence[int],
+        seed: int,
+        compression: str | None = None,
+        cache: FeatureCache | None = None,
+    ):
         self.processor, self.target_lengths, self.seed = processor, list(target_lengths), seed
-        self.compression = compression
+        self.compression, self.cache = compression, cache
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns the processor's outputs with `labels`: prompt, audio and padding are -100."""
         target_length = rows[0].get("target_length")
         if target_length is None:
             target_length = draw_target_length(self.seed, rows[0]["step"], self.target_lengths)
-        return self.processor(
+        heard, of_model = listen(self.processor, self.cache, [row["audio"] for row in rows])
+        batch = self.processor(
+            **heard,
             text=[self.prompt(row["question"]) for row in rows],
-            audio=[row["audio"] for row in rows],
             answers=[row["answer"] for row in rows],
             target_length=target_length,
             compression=self.compression,
         )
+        return batch | of_model
 
     def prompt(self, question: str) -> str:
         """Returns a question about one recording in the processor's chat template."""

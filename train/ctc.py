@@ -31,7 +31,7 @@ from .. import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
 from ..data.manifests import SpeechRows, load_rows, refuse
 from ..windows_fastlongspeech import WINDOWS
 from .batches import CTCCollator
-from .stage import DTYPES, StageArguments, StageTrainer, export, open_run, parse_settings
+from .stage import DTYPES, StageArguments, StageTrainer, export, open_cache, open_run, parse_settings
 
 DECODER = "ctc_decoder."
 
@@ -119,10 +119,10 @@ class CTCTrainer(StageTrainer):
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Returns the loss, the greedy transcription's ids (recordings, S), and the labels, both padded with -100."""
+        inputs = self.hear(self._prepare_inputs(inputs))
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
         if prediction_loss_only:
             return loss, None, None
-        inputs = self._prepare_inputs(inputs)
         labels = inputs.pop(self.label)
         with torch.no_grad(), self.accelerator.autocast():
             found = cast(FastLongSpeechForConditionalGeneration, self.model).ctc_transcribe(**inputs)
@@ -185,13 +185,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     decoder = model.model.ctc_decoder.to(torch.float32).requires_grad_(True)
     model.config.content_density, model.config.ctc_trained = "ctc", True
     config = copy.deepcopy(model.config)
+    cache = open_cache(settings, training, model, processor)
 
     trainer = CTCTrainer(
         model=model,
         args=training,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        data_collator=CTCCollator(processor),
+        data_collator=CTCCollator(processor, cache),
+        cache=cache,
         processing_class=processor,
         compute_metrics=lambda prediction: word_error_rate(processor, prediction),
     )

@@ -22,7 +22,7 @@ from .. import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
 from ..compression_fastlongspeech import check_compression
 from ..data.manifests import load_rows
 from .batches import DCTCollator
-from .stage import DTYPES, StageArguments, StageTrainer, export, open_run, parse_settings
+from .stage import DTYPES, StageArguments, StageTrainer, export, open_cache, open_run, parse_settings
 
 # Anchored: the bare names would match the audio tower's projections too.
 LORA_TARGETS = r"model\.language_model\.(.+\.)?layers\.\d+\.self_attn\.[qkvo]_proj"
@@ -84,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("# the CTC decoder is not trained, so all frames weigh the same; run stage 1 first", flush=True)
     set_seed(training.seed)
     adapted = add_lora(model, settings)
+    cache = open_cache(settings, training, model, processor)
 
     lengths = settings.eval_target_lengths or [config.target_length]
     trainer = StageTrainer(
@@ -91,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args=training,
         train_dataset=train_rows,
         eval_dataset={f"L{length}": eval_rows.at(length) for length in lengths} if eval_rows else None,
-        data_collator=DCTCollator(processor, config.target_lengths, training.seed, config.compression),
+        data_collator=DCTCollator(processor, config.target_lengths, training.seed, config.compression, cache),
+        cache=cache,
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from .batches import StepSampler
+from .cache import MISSING, FeatureCache, FlushFeatures, describe_encoder
 
 SETTINGS = "settings.yaml"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,6 +48,13 @@ class StageArguments:
     dtype: str = field(
         default="float32",
         metadata={"help": "Type of the frozen weights and of the saved model. What trains is float32 meanwhile."},
+    )
+    feature_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder to keep the encoder's frames in; later epochs and runs skip the encoder."},
+    )
+    feature_cache_gb: float = field(
+        default=100.0, metadata={"help": "Gigabytes that feature_cache may grow to; an hour of speech takes 0.23."}
     )
 
 
@@ -165,6 +173,22 @@ def last_checkpoint(output: Path) -> str | None:
     return None
 
 
+def open_cache(
+    settings: StageArguments, training: TrainingArguments, model: Any, processor: ProcessorMixin
+) -> FeatureCache | None:
+    """Returns the feature cache that the settings name, or None; to be asked before the weights are sharded.
+
+    Raises:
+        ValueError: the encoder trains.
+    """
+    if settings.feature_cache is None:
+        return None
+    precision = "float16" if training.fp16 else "bfloat16" if training.bf16 else settings.dtype
+    encoder = describe_encoder(model.model, processor, precision)
+    width = model.config.audio_config.d_model
+    return FeatureCache(settings.feature_cache, encoder, width, settings.feature_cache_gb * 1e9)
+
+
 def export(model: PreTrainedModel, config: PreTrainedConfig, processor: ProcessorMixin, output: Path) -> None:
     """Writes a complete model folder into the output folder, `config.json` last: it marks a finished run.
 
@@ -184,12 +208,12 @@ class StageTrainer(Trainer):
     """A Trainer whose rows carry their optimiser step (`StepSampler`), with dropout off in all that is frozen.
 
     `model` is a `FastLongSpeechForConditionalGeneration` or a PEFT model around it, with `requires_grad` as the
-    stage wants it; `label` is the name of the model's input that holds the labels.
+    stage wants it; `label` is the name of the model's input that holds the labels. `cache` is that of the collator.
     """
 
     label = "labels"
 
-    def __init__(self, model: Any, args: TrainingArguments, **kwargs: Any):
+    def __init__(self, model: Any, args: TrainingArguments, cache: FeatureCache | None = None, **kwargs: Any):
         args.label_names = [self.label]
         args.remove_unused_columns = False  # the collators need the rows' own columns
         if args.ddp_find_unused_parameters is None:
@@ -198,6 +222,9 @@ class StageTrainer(Trainer):
         whole: PreTrainedModel = model if isinstance(model, PreTrainedModel) else model.get_base_model()
         parts = whole.base_model.children()
         self.frozen = [part for part in parts if not any(weight.requires_grad for weight in part.parameters())]
+        self.extractor, self.cache = whole.base_model, cache
+        if cache is not None:
+            self.add_callback(FlushFeatures(cache))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
         args = self.args
@@ -219,8 +246,15 @@ class StageTrainer(Trainer):
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
-    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if model.training:
             for part in self.frozen:
                 part.eval()
-        return super().compute_loss(model, *args, **kwargs)
+        return super().compute_loss(model, self.hear(inputs), *args, **kwargs)
+
+    def hear(self, inputs: Any) -> Any:
+        """Returns a batch with every frame that the cache lacks encoded, where there is a cache."""
+        if self.cache is None or MISSING not in inputs:
+            return inputs
+        with self.accelerator.autocast():
+            return self.cache.complete(self.extractor, inputs)

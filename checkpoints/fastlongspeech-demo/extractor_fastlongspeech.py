@@ -150,11 +150,12 @@ class SpeechExtractor:
 
     def ctc_loss(
         self,
-        input_features: Tensor,
+        input_features: Tensor | None,
         feature_attention_mask: Tensor | None,
         windows_per_audio: Tensor | None,
         ctc_labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
+        recordings: EncodedRecordings | None = None,
     ) -> Tensor:
         """Returns the CTC loss of recordings: nats per label of each, averaged over the recordings.
 
@@ -163,11 +164,14 @@ class SpeechExtractor:
             ctc_labels: `(A, S)` int64, pieces of the transcripts, padded with -100.
             num_items_in_batch: the labels of all batches one optimizer step accumulates; with it the loss is the
                 summed nats of this batch, divided by that number.
+            recordings: what `encode` returned, instead of features.
 
         Raises:
             ValueError: there are more or fewer transcripts than recordings.
         """
-        recordings = self._encode(input_features, feature_attention_mask, windows_per_audio)
+        if recordings is None:
+            recordings = self._encode(input_features, feature_attention_mask, windows_per_audio)
+        recordings = self._received(recordings)
         if len(recordings) != len(ctc_labels):
             raise ValueError(f"ctc_labels holds {len(ctc_labels)} transcripts for {len(recordings)} recordings.")
         hidden_states = self._ctc_input(recordings.frames)
