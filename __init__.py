@@ -41,7 +41,7 @@ if not TYPE_CHECKING:  # a type checker would take this for leave to name anythi
 
 def _load() -> dict[str, Any]:
     """Returns the public names with what they stand for, which transformers' Auto classes know from then on."""
-    from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
 
     from . import audio_fastlongspeech, modeling_fastlongspeech, processing_fastlongspeech, recordings_fastlongspeech
 
@@ -49,8 +49,8 @@ def _load() -> dict[str, Any]:
     loaded = {name: value for module in modules for name, value in vars(module).items()}
     config, model = loaded["FastLongSpeechConfig"], loaded["FastLongSpeechForConditionalGeneration"]
     AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoModel.register(config, model, exist_ok=True)
-    AutoModelForMultimodalLM.register(config, model, exist_ok=True)
+    for auto_class in (AutoModel, AutoModelForMultimodalLM, AutoModelForCausalLM):
+        auto_class.register(config, model, exist_ok=True)
     AutoProcessor.register(config, loaded["FastLongSpeechProcessor"], exist_ok=True)
     return loaded
 

@@ -54,6 +54,7 @@ def test_survives_saving(tmp_path: Path) -> None:
         "AutoConfig",
         "AutoModel",
         "AutoModelForMultimodalLM",
+        "AutoModelForCausalLM",
     }
 
 

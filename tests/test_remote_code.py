@@ -133,6 +133,7 @@ def test_every_auto_class_is_named_in_the_saved_configurations(checkpoint):
         "AutoConfig": "configuration_fastlongspeech.FastLongSpeechConfig",
         "AutoModel": model,
         "AutoModelForMultimodalLM": model,
+        "AutoModelForCausalLM": model,
     }
     assert json.loads((checkpoint / "processor_config.json").read_text())["auto_map"] == {
         "AutoProcessor": "processing_fastlongspeech.FastLongSpeechProcessor"

@@ -105,6 +105,7 @@ class FastLongSpeechConfig(Qwen2AudioConfig):
             "AutoConfig": "configuration_fastlongspeech.FastLongSpeechConfig",
             "AutoModel": "modeling_fastlongspeech.FastLongSpeechForConditionalGeneration",
             "AutoModelForMultimodalLM": "modeling_fastlongspeech.FastLongSpeechForConditionalGeneration",
+            "AutoModelForCausalLM": "modeling_fastlongspeech.FastLongSpeechForConditionalGeneration",  # PEFT asks it
         }
         super().save_pretrained(save_directory, *args, **kwargs)
 
