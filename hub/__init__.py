@@ -1,0 +1,1 @@
+"""Weights on their way: converted into our form, and published on a Hub."""
