@@ -19,6 +19,7 @@ from .defaults import MAX_NEW_TOKENS, QWEN2_AUDIO
 MODULES = {
     "convert": ("fastlongspeech.hub.convert", "train", "bring the weights of others into a complete folder of ours"),
     "evaluate": ("fastlongspeech.evaluation.run", "eval", "score a model on a benchmark"),
+    "assemble": ("fastlongspeech.app.assemble", "gguf", "make an untrained model of a Whisper and a language model"),
 }
 
 
