@@ -1,17 +1,28 @@
-"""Qwen2-Audio's audio encoder, which reads no more of a window than there is audio: log-mel windows to frames."""
+"""Encoders of Whisper's shape, which read no more of a window than there is audio: log-mel windows to frames."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
 from .windows_fastlongspeech import WINDOWS
 
 
-class FastLongSpeechEncoder(Qwen2AudioEncoder):
-    """Qwen2-Audio's encoder up to its last LayerNorm, which reads no more of a window than there is audio."""
+class WindowEncoder:
+    """An encoder up to its last LayerNorm; mix it in before the host's own class."""
+
+    config: Any
+    conv1: Any
+    conv2: Any
+    embed_positions: Any
+    layers: Any
+    avg_pooler: Any
+    dropout: float
+    layerdrop: float
+    training: bool
 
     def forward(self, input_features: Tensor, mel_frames: Tensor) -> BaseModelOutput:
         """Returns pooled frames before the LayerNorm, `(W, T, D)`; those past a window's own frames mean nothing.
@@ -45,4 +56,4 @@ class FastLongSpeechEncoder(Qwen2AudioEncoder):
         return BaseModelOutput(last_hidden_state=self.avg_pooler(hidden_states.transpose(1, 2)).transpose(1, 2))
 
 
-__all__ = ["FastLongSpeechEncoder"]
+__all__ = ["WindowEncoder"]

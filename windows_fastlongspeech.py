@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+MEL_FRAMES = 3000  # of 30 s, by which batches are measured whatever the windows are
 CPU_MEL_FRAMES = 6000  # of a batch on a CPU: two windows of 30 s are no slower than more, and take less memory
 
 
@@ -38,16 +39,18 @@ class FramePlaces(NamedTuple):
 class Windows:
     """How a host cuts recordings; the defaults are those of Qwen2-Audio: Whisper's encoder and a pooling by 2.
 
+    A host whose frames lie in another way overrides `count_frames` and `frame_start`.
+
     Attributes:
         sampling_rate: hertz.
         hop: samples between mel frames.
-        mel_frames_per_window: of a whole window.
+        mel_frames_per_window: of a whole window, which the encoder reads without looking at its neighbours.
         mel_frames_per_frame: of one frame of the encoder's output: a convolution of stride 2 and the pooling.
     """
 
     sampling_rate: int = 16_000
     hop: int = 160
-    mel_frames_per_window: int = 3000
+    mel_frames_per_window: int = MEL_FRAMES
     mel_frames_per_frame: int = 4
 
     @property
@@ -83,6 +86,10 @@ class Windows:
         """
         return self.convolved(mel_frames) // (self.mel_frames_per_frame // 2)
 
+    def frame_start(self, number: Any) -> Any:
+        """Returns the mel frame of its window that a frame begins with, by its number there (integers or an array)."""
+        return self.mel_frames_per_frame * number
+
     def own(self, mel_frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the first frame of each window that belongs to its recording, and how many do: here all, from 0 on.
 
@@ -107,8 +114,9 @@ class Windows:
         before = mel_frames.cumsum() - mel_frames
         before = before - before[windows_per_audio.cumsum() - windows_per_audio][recording_of]
         number = np.arange(counts.sum()) - (counts.cumsum() - counts).repeat(counts) + first.repeat(counts)
-        starts = before.repeat(counts) + self.mel_frames_per_frame * number
-        return FramePlaces(first, counts, lengths, starts, starts + self.mel_frames_per_frame)
+        before = before.repeat(counts)
+        starts, ends = before + self.frame_start(number), before + self.frame_start(number + 1)
+        return FramePlaces(first, counts, lengths, starts, ends)
 
     def batches(self, mel_frames: np.ndarray, most: int, on_cpu: bool) -> Iterator[np.ndarray]:
         """Yields the numbers of windows to encode together, the longest first; windows without a frame are left out.
@@ -117,9 +125,10 @@ class Windows:
 
         Args:
             mel_frames: `(W,)` integer, mel frames of each window that hold audio.
-            most: windows of a batch, at most.
+            most: how many times 30 s a batch holds, at most.
             on_cpu: whether a batch is limited to `CPU_MEL_FRAMES` besides.
         """
+        most *= MEL_FRAMES // self.mel_frames_per_window
         counts = self.count_frames(mel_frames)
         waiting = np.argsort(-counts, kind="stable")
         waiting = waiting[counts[waiting] > 0]

@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 
-from .. import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
+from ..host_fastlongspeech import HostForConditionalGeneration
+from ..processor_fastlongspeech import SpeechProcessor
+from .hosts import find_host
 
 
 def find_device(name: str | None = None) -> str:
@@ -23,23 +25,24 @@ def find_device(name: str | None = None) -> str:
 
 def load_model(
     source: str, device: str | None = None, dtype: str = "auto", config: Any = None
-) -> tuple[FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor]:
-    """Returns the model of a folder or Hub id, ready to answer, and its processor.
+) -> tuple[HostForConditionalGeneration, SpeechProcessor]:
+    """Returns the model of a folder or Hub id, of whatever host, ready to answer, and its processor.
 
     Args:
         source: the folder or the Hub id.
         device: as in `find_device`.
         dtype: `"auto"` (as saved), `"float32"`, `"bfloat16"` or `"float16"`.
-        config: a `FastLongSpeechConfig` that overrules the model's own, such as one `with_ntk_rope`.
+        config: a configuration that overrules the model's own, such as one `with_ntk_rope`.
 
     Raises:
         ValueError: the device is not there.
         OSError: there is no model.
     """
     device = find_device(device)
-    processor = FastLongSpeechProcessor.from_pretrained(source)
+    _, model_class, processor_class = find_host(source).load()
+    processor = processor_class.from_pretrained(source)
     options = {} if config is None else {"config": config}
-    model = FastLongSpeechForConditionalGeneration.from_pretrained(source, dtype=dtype, **options)
+    model = model_class.from_pretrained(source, dtype=dtype, **options)
     return model.to(device).eval(), processor
 
 

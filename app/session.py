@@ -24,7 +24,6 @@ from ..audio_fastlongspeech import list_recordings, load_recording
 from ..fusion_fastlongspeech import check_target_length
 from ..prompts_fastlongspeech import TRANSCRIBE
 from ..recordings_fastlongspeech import EncodedRecordings
-from ..windows_fastlongspeech import WINDOWS
 from .defaults import MAX_NEW_TOKENS, find_model
 from .loading import load_model
 
@@ -70,7 +69,7 @@ class Heard:
 
     def windows(self) -> "list[Heard]":
         """Returns each window as a recording of its own; a last one that is too short for a frame is left out."""
-        length = WINDOWS.seconds(WINDOWS.mel_frames_per_window)
+        length = 30.0  # as long as the encoders' windows that are longest
         windows = []
         for number, whole in enumerate(self.recordings):
             pieces = self.encoded[number].pieces(length)

@@ -1,16 +1,12 @@
 """The sizes of a model that its work depends on, read from its configuration without loading torch or transformers."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-
 from .defaults import QWEN2_AUDIO
+from .hosts import read_json
 
 # The sizes in config.json of Qwen/Qwen2-Audio-7B-Instruct, on which the paper's models are built; the CTC decoder has
 # the 10,000 pieces and the projector of the paper's release, which are the defaults.
@@ -160,15 +156,7 @@ def read_config(source: str) -> dict[str, Any]:
     """
     if source == QWEN2_AUDIO:
         return QWEN2_AUDIO_7B
-    path = Path(source, "config.json")
-    if not Path(source).is_dir():
-        try:
-            path = Path(hf_hub_download(source, "config.json"))
-        except (OSError, ValueError, EntryNotFoundError) as error:
-            raise ValueError(f"{source} is no folder, and no config.json can be fetched for it: {error}") from error
-    elif not path.is_file():
-        raise ValueError(f"{source} holds no config.json; pass the folder of a model or a Hub id.")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(source)
     known = ("fastlongspeech", "qwen2_audio", "long_speech_qwen2audio")
     if config.get("model_type") not in known:
         raise ValueError(f"{source} holds a {config.get('model_type')}; pass a model of {', '.join(known)}.")

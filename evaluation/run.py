@@ -21,8 +21,8 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from .. import FastLongSpeechConfig
 from ..app.defaults import MAX_NEW_TOKENS, find_model
+from ..app.hosts import find_host
 from ..app.loading import find_device, load_model
 from ..compression_fastlongspeech import COMPRESSIONS
 from ..data.tasks import TASKS, Example, QuestionSet, load_questions
@@ -125,7 +125,7 @@ def load_wanted(arguments: argparse.Namespace, device: str) -> tuple[Any, Any]:
     """Returns the model and the processor that `--model`, `--dtype` and `--compression` ask for."""
     config = None
     if arguments.compression == "ntk_rope":
-        config = FastLongSpeechConfig.from_pretrained(arguments.model).with_ntk_rope()
+        config = find_host(arguments.model).config.from_pretrained(arguments.model).with_ntk_rope()
     return load_model(arguments.model, device, arguments.dtype, config)
 
 

@@ -14,7 +14,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from .. import FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
-from ..modeling_fastlongspeech import KEY_MAPPING
+from ..host_fastlongspeech import KEY_MAPPING
 
 
 @dataclass(frozen=True)

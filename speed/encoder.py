@@ -14,7 +14,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
 from fastlongspeech.app.markdown import table
-from fastlongspeech.encoder_fastlongspeech import FastLongSpeechEncoder
+from fastlongspeech.modeling_fastlongspeech import FastLongSpeechEncoder
 
 from .common import Benchmark, figure, load_config, number, parse, ratio, windows_of
 

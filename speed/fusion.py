@@ -34,8 +34,8 @@ from torch.profiler import ProfilerActivity, profile
 from fastlongspeech import FastLongSpeechConfig, fusion_fastlongspeech
 from fastlongspeech.app.markdown import table
 from fastlongspeech.ctc_fastlongspeech import FastLongSpeechCTCDecoder
-from fastlongspeech.encoder_fastlongspeech import FastLongSpeechEncoder
 from fastlongspeech.fusion_fastlongspeech import FusionSettings, content_density, iterative_fusion
+from fastlongspeech.modeling_fastlongspeech import FastLongSpeechEncoder
 
 from .common import Benchmark, Goal, figure, free_bytes, load_config, number, parse, ratio
 

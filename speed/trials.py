@@ -36,8 +36,8 @@ from torch import Tensor
 
 from fastlongspeech import windows_fastlongspeech
 from fastlongspeech.app.markdown import table
-from fastlongspeech.encoder_fastlongspeech import FastLongSpeechEncoder
 from fastlongspeech.extractor_fastlongspeech import SpeechExtractor
+from fastlongspeech.modeling_fastlongspeech import FastLongSpeechEncoder
 
 from .common import (
     MEL_FRAMES_PER_WINDOW,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
-from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, modeling_fastlongspeech
+from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, host_fastlongspeech
 
 Model = FastLongSpeechForConditionalGeneration
 Inputs = dict[str, Tensor]
@@ -72,7 +72,7 @@ def test_a_checkpoint_without_ctc_decoder_fuses_uniformly_and_says_so(
 ) -> None:
     stock.save_pretrained(tmp_path)
     warnings: list[str] = []
-    monkeypatch.setattr(modeling_fastlongspeech.logger, "warning", warnings.append)
+    monkeypatch.setattr(host_fastlongspeech.logger, "warning", warnings.append)
     model = Model.from_pretrained(tmp_path)
     assert "ctc_trained is set to false" in warnings[0]
     assert (model.config.ctc_trained, model.config.content_density) == (False, "ctc")

@@ -32,7 +32,6 @@ from transformers.utils import logging
 
 from ..audio_fastlongspeech import load_recording
 from ..recordings_fastlongspeech import EncodedRecordings
-from ..windows_fastlongspeech import WINDOWS
 
 logger = logging.get_logger(__name__)
 
@@ -78,10 +77,11 @@ class FeatureCache:
             `recordings` for the processor. For the model the same, `(N, D)` frames in bfloat16 with zeros where they
             are missing, and beside it the features of the missing ones and their numbers; see `complete`.
         """
+        windows = processor.windows
         samples = [load_recording(recording) for recording in audio]
         keys = tuple(hashlib.blake2b(recording.tobytes(), digest_size=16).hexdigest() for recording in samples)
-        mel_frames = [WINDOWS.mel_frames(len(recording)) for recording in samples]
-        places = WINDOWS.place(np.concatenate(mel_frames), np.array([len(windows) for windows in mel_frames]))
+        mel_frames = [windows.mel_frames(len(recording)) for recording in samples]
+        places = windows.place(np.concatenate(mel_frames), np.array([len(of_one) for of_one in mel_frames]))
         frames = torch.zeros(len(places.starts), self.width, dtype=torch.bfloat16)
         missing = []
         for number, (key, part) in enumerate(zip(keys, frames.split(places.lengths.tolist()), strict=True)):
@@ -92,14 +92,14 @@ class FeatureCache:
                 part.copy_(found)
         recordings = EncodedRecordings(
             frames=frames,
-            starts=torch.from_numpy(WINDOWS.seconds(places.starts)),
-            ends=torch.from_numpy(WINDOWS.seconds(places.ends)),
+            starts=torch.from_numpy(windows.seconds(places.starts)),
+            ends=torch.from_numpy(windows.seconds(places.ends)),
             lengths=torch.from_numpy(places.lengths),
             audio=keys,
         )
         of_model: dict[str, Any] = {"recordings": recordings, MISSING: torch.tensor(missing, dtype=torch.int64)}
         if missing:
-            rate = WINDOWS.sampling_rate
+            rate = windows.sampling_rate
             of_model |= processor(audio=[samples[number] for number in missing], sampling_rate=rate)
         return {"recordings": recordings}, of_model
 

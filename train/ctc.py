@@ -27,9 +27,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import set_seed
 
-from .. import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
+from ..app.hosts import find_host
 from ..data.manifests import SpeechRows, load_rows, refuse
-from ..windows_fastlongspeech import WINDOWS
+from ..host_fastlongspeech import HostForConditionalGeneration
+from ..processor_fastlongspeech import SpeechProcessor
 from .batches import CTCCollator
 from .stage import DTYPES, StageArguments, StageTrainer, export, open_cache, open_run, parse_settings
 
@@ -87,7 +88,7 @@ def build_vocabulary(texts: Sequence[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def check_lengths(rows: SpeechRows, source: str, processor: FastLongSpeechProcessor) -> None:
+def check_lengths(rows: SpeechRows, source: str, processor: SpeechProcessor) -> None:
     """Refuses rows whose transcript is too long for CTC.
 
     CTC needs one frame for each piece, and one more between equal pieces.
@@ -98,11 +99,11 @@ def check_lengths(rows: SpeechRows, source: str, processor: FastLongSpeechProces
     encode: Callable[[str], list[int]] = partial(processor.tokenizer.encode, add_special_tokens=False)
     if processor.ctc_tokenizer is not None:
         encode = processor.ctc_tokenizer.encode
-    faults = []
+    windows, faults = processor.windows, []
     for place, seconds, text in zip(rows.places, rows.durations, rows.texts("text"), strict=True):
         pieces = encode(text)
         needed = len(pieces) + sum(left == right for left, right in zip(pieces, pieces[1:], strict=False))
-        frames = WINDOWS.count_frames(WINDOWS.mel_frames(int(seconds * WINDOWS.sampling_rate))).sum()
+        frames = windows.count_frames(windows.mel_frames(int(seconds * windows.sampling_rate))).sum()
         if needed > frames:
             faults.append(
                 f"{place} has a transcript that needs {needed} frames, its recording has {frames}; check both"
@@ -125,7 +126,7 @@ class CTCTrainer(StageTrainer):
             return loss, None, None
         labels = inputs.pop(self.label)
         with torch.no_grad(), self.accelerator.autocast():
-            found = cast(FastLongSpeechForConditionalGeneration, self.model).ctc_transcribe(**inputs)
+            found = cast(HostForConditionalGeneration, self.model).ctc_transcribe(**inputs)
         rows = [torch.tensor(ids, dtype=labels.dtype, device=labels.device) for ids in found]
         return loss, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100), labels
 
@@ -140,7 +141,7 @@ class CTCTrainer(StageTrainer):
         """Warns of nothing: only frozen weights are missing in a checkpoint."""
 
 
-def word_error_rate(processor: FastLongSpeechProcessor, prediction: Any) -> dict[str, float]:
+def word_error_rate(processor: SpeechProcessor, prediction: Any) -> dict[str, float]:
     """Returns `wer` of an `EvalPrediction` whose predictions and labels are ids padded with -100."""
 
     def texts(ids: np.ndarray) -> list[str]:
@@ -166,18 +167,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             given = Path(settings.ctc_model).read_bytes() if settings.ctc_model else None
             ctc_model.write_bytes(given or build_vocabulary(train_rows.texts("text"), settings.vocab_size))
     training.distributed_state.wait_for_everyone()  # type: ignore[union-attr]
+    host = find_host(settings.model)
     if own_tokens:
-        processor = FastLongSpeechProcessor.from_pretrained(settings.model)
+        processor = host.processor.from_pretrained(settings.model)
         processor.ctc_tokenizer = None
     else:
-        processor = FastLongSpeechProcessor.from_pretrained(settings.model, ctc_model=str(ctc_model))
+        processor = host.processor.from_pretrained(settings.model, ctc_model=str(ctc_model))
     check_lengths(train_rows, settings.train_data, processor)
     if eval_rows:
         check_lengths(eval_rows, str(settings.eval_data), processor)
 
     set_seed(training.seed)
     dtype = DTYPES[settings.dtype]
-    model = FastLongSpeechForConditionalGeneration.from_pretrained(settings.model, dtype=dtype)
+    model = host.model.from_pretrained(settings.model, dtype=dtype)
     model.requires_grad_(False)
     if settings.ctc_projector is not None:
         model.config.ctc_projector = settings.ctc_projector

@@ -14,18 +14,17 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
-from .. import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
+from ..app.hosts import find_host
 from ..compression_fastlongspeech import check_compression
 from ..data.manifests import load_rows
+from ..host_fastlongspeech import HostForConditionalGeneration
 from .batches import DCTCollator
 from .stage import DTYPES, StageArguments, StageTrainer, export, open_cache, open_run, parse_settings
-
-# Anchored: the bare names would match the audio tower's projections too.
-LORA_TARGETS = r"model\.language_model\.(.+\.)?layers\.\d+\.self_attn\.[qkvo]_proj"
 
 
 @dataclass
@@ -48,16 +47,16 @@ class DCTArguments(StageArguments):
     )
 
 
-def add_lora(model: FastLongSpeechForConditionalGeneration, settings: DCTArguments) -> PeftModel:
+def add_lora(model: HostForConditionalGeneration, settings: DCTArguments) -> PeftModel:
     """Returns the model with adapters on q, k, v, o of every layer of its language model; all else is frozen."""
     lora = LoraConfig(
         task_type="CAUSAL_LM",  # without it an adapter folder can't be loaded by AutoPeftModel
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=LORA_TARGETS,
+        target_modules=model.lora_targets,
     )
-    return get_peft_model(model, lora)
+    return get_peft_model(cast(PreTrainedModel, model), lora)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_rows = load_rows(settings.train_data, columns)
     eval_rows = load_rows(settings.eval_data, columns) if settings.eval_data else None
 
-    processor = FastLongSpeechProcessor.from_pretrained(settings.model)
-    model = FastLongSpeechForConditionalGeneration.from_pretrained(settings.model, dtype=DTYPES[settings.dtype])
+    host = find_host(settings.model)
+    processor = host.processor.from_pretrained(settings.model)
+    model = host.model.from_pretrained(settings.model, dtype=DTYPES[settings.dtype])
     if settings.target_lengths:
         model.config.target_lengths = settings.target_lengths
     if settings.compression is not None:

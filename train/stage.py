@@ -42,7 +42,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class StageArguments:
     """Arguments of both stages. Relative paths start at the current folder."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of the Qwen2-Audio or FastLongSpeech to start from."})
+    model: str = field(metadata={"help": "Folder or Hub id of the model to start from, ours or a host's own."})
     train_data: str = field(metadata={"help": "JSON-lines manifest or datasets folder (folder#split)."})
     eval_data: str | None = field(default=None, metadata={"help": "The same, held out; see eval_strategy."})
     dtype: str = field(
@@ -185,7 +185,7 @@ def open_cache(
         return None
     precision = "float16" if training.fp16 else "bfloat16" if training.bf16 else settings.dtype
     encoder = describe_encoder(model.model, processor, precision)
-    width = model.config.audio_config.d_model
+    width = model.config.frame_width
     return FeatureCache(settings.feature_cache, encoder, width, settings.feature_cache_gb * 1e9)
 
 
@@ -207,8 +207,8 @@ def export(model: PreTrainedModel, config: PreTrainedConfig, processor: Processo
 class StageTrainer(Trainer):
     """A Trainer whose rows carry their optimiser step (`StepSampler`), with dropout off in all that is frozen.
 
-    `model` is a `FastLongSpeechForConditionalGeneration` or a PEFT model around it, with `requires_grad` as the
-    stage wants it; `label` is the name of the model's input that holds the labels. `cache` is that of the collator.
+    `model` is a `HostForConditionalGeneration` or a PEFT model around it, with `requires_grad` as the stage wants it;
+    `label` is the name of the model's input that holds the labels. `cache` is that of the collator.
     """
 
     label = "labels"

@@ -6,22 +6,22 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
-
-from .configuration_fastlongspeech import FastLongSpeechConfig
 
 # Most CTC logits to hold at a time when they are reduced to one number per frame; on a CPU about those of one window.
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**24}
 
 
 class FastLongSpeechCTCDecoder(nn.Module):
-    """Two linear maps from an encoder frame to the CTC vocabulary, the blank last."""
+    """Two linear maps from an encoder frame to the CTC vocabulary, the blank last.
 
-    def __init__(self, config: FastLongSpeechConfig) -> None:
+    Args:
+        config: a host's configuration, which has `FastLongSpeechSettings`.
+    """
+
+    def __init__(self, config: Any) -> None:
         super().__init__()
         width = config.get_text_config().hidden_size
-        frame_width = cast(PreTrainedConfig, config.audio_config).d_model
-        self.projector = nn.Linear(frame_width, width) if config.ctc_projector else None
+        self.projector = nn.Linear(config.frame_width, width) if config.ctc_projector else None
         self.linear = nn.Linear(width, config.ctc_blank + 1, bias=False)
         self._product: tuple[Any, Tensor, Tensor] | None = None
 

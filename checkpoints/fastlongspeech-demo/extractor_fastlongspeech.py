@@ -21,7 +21,7 @@ from .compression_fastlongspeech import COMPRESSIONS, check_compression
 from .ctc_fastlongspeech import FastLongSpeechCTCDecoder
 from .fusion_fastlongspeech import FusionSettings, check_target_length, content_density
 from .recordings_fastlongspeech import EncodedRecordings, fingerprint_audio, fingerprint_weights
-from .windows_fastlongspeech import WINDOWS, FramePlaces, Windows
+from .windows_fastlongspeech import FramePlaces, Windows
 
 
 @dataclass
@@ -45,16 +45,19 @@ class SpeechExtractor:
     """What a host model gets: `encode`, `density`, `compress`, the CTC loss and the CTC transcript.
 
     Attributes:
-        config: the host's configuration, with the fields that `FastLongSpeechConfig` adds.
+        config: the host's configuration, with the fields that `FastLongSpeechSettings` adds.
         audio_tower: the host's encoder.
         ctc_decoder: the CTC decoder, which the host makes with the configuration.
-        windows: how the host cuts recordings.
     """
 
     config: Any
     audio_tower: Any
     ctc_decoder: FastLongSpeechCTCDecoder
-    windows: Windows = WINDOWS
+
+    @property
+    def windows(self) -> Windows:
+        """How the host cuts recordings."""
+        return self.config.windows
 
     def encode_windows(self, input_features: Tensor, mel_frames: Tensor) -> Tensor:
         """Returns the frames of windows before the encoder's last normalisation, `(W, T, D)`. The host's own.
@@ -252,7 +255,9 @@ class SpeechExtractor:
             )
         places = self.windows.place(mel_frames, windows)
         if not places.counts.any():
-            raise ValueError("input_features hold no recording as long as one frame (40 ms).")
+            raise ValueError(
+                f"input_features hold no recording as long as one frame ({1000 * self.windows.frame_seconds:.0f} ms)."
+            )
         return EncodedRecordings(
             frames=self._encode_batches(input_features, mel_frames, places),
             starts=torch.from_numpy(self.windows.seconds(places.starts)),
