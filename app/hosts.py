@@ -84,7 +84,7 @@ QWEN2_AUDIO = Host(
     ("qwen2_audio", "long_speech_qwen2audio"),
     "fastlongspeech",
 )
-HOSTS = (QWEN2_AUDIO,)
+HOSTS = (QWEN2_AUDIO, _host("AudioFlamingo3", "audioflamingo3", "audioflamingo3"))
 
 
 def host_of(config: Any) -> Host:
