@@ -10,6 +10,8 @@
 | `librisqa` | LibriSQA's JSON, part I (questions) or part II (choices A to D) |
 | `openasqa` | OpenASQA's JSON (`audio_id`, `instruction`, `output`) |
 
+A row may have a `passage`, what is said in its recording.
+
 A source is a JSON-lines manifest, a JSON file with a list of objects, a CSV file, a `datasets` folder or the name of a
 dataset on the Hub; `#name` behind it names a split. Recordings are read when they are asked for.
 """
@@ -43,6 +45,7 @@ class Example:
         answers: equally good references; for a transcription the transcript.
         choices: the texts one of which is the answer; empty for a free answer.
         notes: what else the row says of the question, such as its `kind`.
+        passage: what is said in the recording, where the row says it beside the answer.
     """
 
     row: int
@@ -52,6 +55,7 @@ class Example:
     answers: list[str]
     choices: list[str]
     notes: dict[str, Any]
+    passage: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ def load_questions(
             answers=_listed(row["answers"]),
             choices=row["choices"],
             notes={name: said[name] for name in NOTES if said.get(name) is not None},
+            passage=said.get("passage"),
         )
         for number, (row, said, duration) in enumerate(zip(formed, notes, checked.durations, strict=True))
     ]

@@ -26,8 +26,10 @@ METHODS = {
     "vanilla": "every frame, clips of one window only: the base model as it is",
     "cascade": "the transcript by the language model, window by window, given to it as text",
     "ctc_cascade": "the transcript by the CTC decoder, given to the language model as text",
+    "true_transcript": "what is really said (the column passage), given to the language model as text",
     "ctc": "no language model: the transcript by the CTC decoder",
 }
+BY_TRANSCRIPT = ("cascade", "ctc_cascade", "true_transcript")
 CASCADE = "This is the transcript of a recording: {transcript}\n\n{question}"
 TRANSCRIPT_TOKENS = 256  # of one 30 s window: 75 words at 150 a minute, and room
 
@@ -109,7 +111,7 @@ class Answerer:
         method: a compression, `"none"`, or one of `METHODS`.
         target_length: L, for a compression; None: the model's.
         max_new_tokens: of every answer.
-        cascade_prompt: what a cascade asks, with `{transcript}` and `{question}`; None: `CASCADE`.
+        cascade_prompt: what is asked about a transcript, with `{transcript}` and `{question}`; None: `CASCADE`.
         frames: keeps the frames of recordings by name, in main memory, so that other methods, and other models with
             the same encoder, find them; None: they are not kept.
     """
@@ -126,7 +128,7 @@ class Answerer:
     ) -> None:
         self.model, self.processor, self.method = model, processor, method
         self.max_new_tokens, self.frames = max_new_tokens, frames
-        self.cascade_prompt = (cascade_prompt or CASCADE) if "cascade" in method else None
+        self.cascade_prompt = (cascade_prompt or CASCADE) if method in BY_TRANSCRIPT else None
         self.compression = method if method in COMPRESSIONS else "none"
         self.target_length = (target_length or model.config.target_length) if method in COMPRESSIONS else None
         self._heard: dict[str, Any] = {}
@@ -151,7 +153,13 @@ class Answerer:
             self.target_length = self.model.config.fit_length(longest + self.max_new_tokens)
 
     @torch.inference_mode()
-    def answer(self, questions: Sequence[str], names: Sequence[str], recordings: Sequence[Any]) -> list[Answer]:
+    def answer(
+        self,
+        questions: Sequence[str],
+        names: Sequence[str],
+        recordings: Sequence[Any],
+        passages: Sequence[str | None] = (),
+    ) -> list[Answer]:
         """Returns the answers to questions, each about the recording beside it.
 
         An answer by a transcript has not ended where a window of it was cut by `TRANSCRIPT_TOKENS`.
@@ -160,13 +168,18 @@ class Answerer:
             questions: one for every answer.
             names: of the recordings; the same name is the same recording, which is heard once.
             recordings: as `load_recording` takes them.
+            passages: what is really said in each, for the method `true_transcript`.
 
         Raises:
-            ValueError: a transcript is too long for the language model.
+            ValueError: a transcript is missing, or too long for the language model.
         """
         self._heard = {name: self._heard[name] for name in names if name in self._heard}
         new = {name: audio for name, audio in zip(names, recordings, strict=True) if name not in self._heard}
-        if new:
+        if self.method == "true_transcript":
+            if not passages or not all(passages):
+                raise ValueError("true_transcript needs what is said in the column passage of every row; add it.")
+            self._heard |= {name: Answer(passage or "", True) for name, passage in zip(names, passages, strict=True)}
+        elif new:
             self._heard |= dict(zip(new, self._hear(new), strict=True))
         heard = [self._heard[name] for name in names]
         if self.method == "ctc":

@@ -27,7 +27,7 @@ from ..app.loading import find_device, load_model
 from ..compression_fastlongspeech import COMPRESSIONS
 from ..data.tasks import TASKS, Example, QuestionSet, load_questions
 from ..recordings_fastlongspeech import EncodedRecordings
-from .answering import METHODS, Answerer
+from .answering import BY_TRANSCRIPT, METHODS, Answerer
 from .chat import Chat
 from .journal import Journal
 from .judge import judge, read_template
@@ -61,7 +61,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="; ".join(f"{name}: {what}" for name, what in METHODS.items()),
     )
     parser.add_argument("--target-length", type=int, metavar="L", help="frames to fuse to (default: the model's)")
-    parser.add_argument("--cascade-prompt", metavar="TEXT", help="what a cascade asks: {transcript}, {question}")
+    parser.add_argument(
+        "--cascade-prompt", metavar="TEXT", help="what is asked about a transcript: {transcript}, {question}"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="longest answer")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions at a time")
     parser.add_argument("--spellings", metavar="JSON", help="Whisper's normalizer.json, for British spellings")
@@ -81,7 +83,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method, cascade_prompt = arguments.compression, arguments.cascade_prompt
     if cascade_prompt is not None and not ("{transcript}" in cascade_prompt and "{question}" in cascade_prompt):
         parser.error("--cascade-prompt must hold {transcript} and {question}.")
-    if cascade_prompt is not None and "cascade" not in method:
+    if cascade_prompt is not None and method not in BY_TRANSCRIPT:
         parser.error(f"--cascade-prompt has no meaning with --compression {method}; leave it out.")
     if arguments.target_length is not None and method not in COMPRESSIONS:
         parser.error(f"--target-length has no meaning with --compression {method}; leave it out.")
@@ -191,6 +193,7 @@ def predict(
                     [example.question for example in batch],
                     [example.recording for example in batch],
                     [benchmark.audio(example) for example in batch],
+                    [example.passage for example in batch],
                 )
                 for example, (text, ended) in zip(batch, answers, strict=True):
                     journal.append(_described(example) | {"prediction": text, "ended": ended})

@@ -313,6 +313,17 @@ def test_the_ctc_cascade_gives_the_transcript_of_the_ctc_decoder(model, clips, p
         assert answer.text == answer_batch(model, processor, [prompt], [None], 4)[0].text.strip()
 
 
+def test_the_true_transcript_is_the_passage_of_the_row(model, processor):
+    answerer = Answerer(model, processor, "true_transcript", None, 4, "{transcript}\n{question}")
+    found = answerer.answer(
+        ["Who?", "Where?"], ["0", "1"], ["nobody reads it"] * 2, ["Anna is here.", "Tom is there."]
+    )
+    prompts = ["Anna is here.\nWho?", "Tom is there.\nWhere?"]
+    assert [a.text for a in found] == [a.text.strip() for a in answer_batch(model, processor, prompts, [None] * 2, 4)]
+    with pytest.raises(ValueError, match="column passage"):
+        answerer.answer(["Who?"], ["2"], ["nobody reads it"], [None])
+
+
 def test_vanilla_refuses_recordings_longer_than_a_window(model, processor):
     Answerer(model, processor, "vanilla", None, 2).prepare(["Who?"], [30.0])
     with pytest.raises(ValueError, match="1 rows have longer ones, up to 31.0 s"):
