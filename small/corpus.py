@@ -22,7 +22,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from .tasks import human_rows, speech_rows, task_rows
+from .tasks import as_written, human_rows, speech_rows, task_rows
 from .texts import Story, read_addresses, read_stories, split_sentences
 from .voices import QUICK_VOICES, SAMPLING_RATE, TEST_VOICES, TRAIN_VOICES, Voice, find_kokoro, speaker
 
@@ -260,23 +260,27 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def human_questions(speech: Path, output: Path) -> list[dict]:
-    """Returns the rows of our questions about recordings of people, and joins the recordings that are single clips.
+    """Returns the rows of our questions about recordings of people, and cuts or joins these recordings.
 
-    A row's `start` and `end` (seconds) are those of the part that is asked about, `said` is where in that part the
-    sentence begins that answers.
+    A row's `passage` is what is said in its recording, `said` the second at which the sentence begins that answers.
     """
+    manifests = [speech / name for name in ("test.jsonl", "test_long.jsonl")]
+    lines = [line for path in manifests for line in path.read_text(encoding="utf-8").splitlines()]
+    spoken = {row["audio"]: row for row in map(json.loads, lines)}
     rows = []
     for line in HUMAN_QUESTIONS.read_text(encoding="utf-8").splitlines():
         recording = json.loads(line)
-        questions = recording.pop("questions")
-        clips = recording.pop("clips", None)
-        if clips is None:
-            recording["audio"] = os.path.relpath(speech / recording["audio"], output)
-        else:
-            recording["audio"] = f"human/{recording['recording']}.opus"
-            if not (output / recording["audio"]).exists():
-                parts = [soundfile.read(speech / clip, dtype="float32")[0] for clip in clips]
-                _write_opus(output / recording["audio"], np.concatenate(parts))
+        questions, start, end = recording.pop("questions"), recording.pop("start", 0), recording.pop("end", None)
+        clips = recording.pop("clips", None) or [recording["audio"]]
+        recording["audio"] = f"human/{recording['recording']}.opus"
+        if not (output / recording["audio"]).exists():
+            read = [soundfile.read(speech / clip, dtype="float32") for clip in clips]
+            rate = read[0][1]
+            whole = np.concatenate([samples for samples, _ in read])
+            _write_opus(output / recording["audio"], whole[round(start * rate) : end and round(end * rate)])
+        segments = [segment for clip in clips for segment in spoken[clip].get("segments", [spoken[clip]])]
+        said = [s for s in segments if end is None or (s["start"] >= start - 0.01 and s["end"] <= end + 0.01)]
+        recording["passage"] = " ".join(as_written(segment["text"]) for segment in said)
         about = recording | {"task": "question", "source": "human", "split": "test"}
         rows += [about | question | {"answer": question["answers"][0]} for question in questions]
     return rows
