@@ -4,7 +4,6 @@ import base64
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from io import BytesIO
 from itertools import groupby
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -22,7 +21,6 @@ from .windows_fastlongspeech import WINDOWS
 logger = logging.get_logger(__name__)
 
 PCM_DTYPES = ("uint8", "int16", "int32")
-STREAMED_BYTES = 0x7FFF0000  # sizes from here up are placeholders that streaming encoders write
 SOURCE_KEYS = ("array", "audio", "bytes", "path", "url", "data", "audio_url", "input_audio")
 BASE64 = re.compile(r"[A-Za-z0-9+/]{64,}={0,2}")  # shorter texts are names of files
 CANCELLED = 0.01  # channels cancel if their mean has less of their power than this; of unrelated ones it has a half
@@ -235,27 +233,6 @@ def _to_float_samples(audio: Any) -> np.ndarray:
     raise TypeError(f"audio samples must be floating point or {'/'.join(PCM_DTYPES)} PCM, got {array.dtype}.")
 
 
-def refuse_cut_wav(source: str | BytesIO, name: str) -> None:
-    """Raises a ValueError for a WAV file that ends before its samples do: soundfile would read what is there."""
-    if isinstance(source, str) and not os.path.isfile(source):
-        return  # a pipe can be read but once
-    with open(source, "rb") if isinstance(source, str) else BytesIO(source.getbuffer()) as file:
-        head, total = file.read(12), file.seek(0, os.SEEK_END)
-        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-            return
-        file.seek(len(head))
-        while len(chunk := file.read(8)) == 8:
-            size, there = int.from_bytes(chunk[4:], "little"), total - file.tell()
-            if chunk[:4] == b"data":
-                if there < size < STREAMED_BYTES:
-                    raise ValueError(
-                        f"audio is cut off: {name} holds {there} of the {size} bytes of samples that its header "
-                        "names; record or fetch it again."
-                    )
-                return
-            file.seek(size + size % 2, os.SEEK_CUR)
-
-
 def list_recordings(audio: Any) -> list:
     """Returns the recordings in `audio`, one or a list of them, nested or not, as a flat list."""
     if isinstance(audio, Sequence) and not isinstance(audio, (str, bytes, bytearray, memoryview)):
@@ -265,4 +242,4 @@ def list_recordings(audio: Any) -> list:
     return [audio]
 
 
-__all__ = ["SOURCE_KEYS", "list_recordings", "load_recording", "refuse_cut_wav"]
+__all__ = ["SOURCE_KEYS", "list_recordings", "load_recording"]

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 
+from ..decoding_fastlongspeech import recording_seconds as file_seconds
 from ..windows_fastlongspeech import WINDOWS
 from .sizes import Sizes, product
 
@@ -216,13 +216,7 @@ def recording_seconds(recording: str) -> float:
         FileNotFoundError, ValueError: as `load_recording`.
     """
     if Path(recording).is_file():
-        try:
-            info = soundfile.info(recording)
-        except (soundfile.SoundFileError, TypeError):
-            pass  # what ffmpeg may read
-        else:
-            if 0 < info.frames < 2**62:  # the header of a FLAC that was written to a pipe says 2**63 - 1
-                return info.frames / info.samplerate
+        return file_seconds(recording, recording)
     from ..audio_fastlongspeech import load_recording  # loads more than a header takes
 
     return len(load_recording(recording)) / WINDOWS.sampling_rate

@@ -24,7 +24,7 @@ from typing import Any
 import soundfile
 from torch.utils.data import Dataset
 
-from ..audio_fastlongspeech import refuse_cut_wav
+from ..decoding_fastlongspeech import refuse_cut_file
 from ..windows_fastlongspeech import WINDOWS
 
 FAULTS_SHOWN = 10
@@ -201,14 +201,14 @@ def _check_row(row: Any, columns: Sequence[str]) -> float | str | None:
             return f"has {column!r} = {row[column]!r}; it must be text that is not empty"
     audio = row["audio"]
     if isinstance(audio, dict):  # what `datasets` hands out
-        audio = io.BytesIO(audio["bytes"]) if audio.get("bytes") else audio.get("path")
+        audio = audio.get("bytes") or audio.get("path")
     elif not isinstance(audio, str):
         return f"has 'audio' = {audio!r}; it must be the path of one recording"
     if isinstance(audio, str) and not Path(audio).is_file():
         return f"names the recording {audio}, which does not exist; correct the path"
     try:
-        refuse_cut_wav(audio, "it")
-        info = soundfile.info(audio)
+        refuse_cut_file(audio, "it")
+        info = soundfile.info(io.BytesIO(audio) if isinstance(audio, bytes) else audio)
     except (soundfile.SoundFileError, TypeError, OSError, ValueError) as error:
         return f"has a recording that can't be read ({error}); convert it to wav or flac"
     if info.frames >= 2**62:  # what libsndfile says of a FLAC that was written to a pipe

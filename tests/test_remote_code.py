@@ -190,7 +190,7 @@ def test_the_code_imports_nothing_an_inference_user_must_not_have():
         "huggingface_hub",
         "safetensors",
         "numpy",
-        "soundfile",
+        "av",
         "soxr",
         "sentencepiece",
     }

@@ -6,6 +6,7 @@ build for the very torch. No decoder says that a file is cut off: that is checke
 of them reads.
 """
 
+import logging
 import os
 import re
 import stat
@@ -16,9 +17,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import av
 import numpy as np
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)  # not transformers', which takes seconds to import
 
 AudioFile = str | os.PathLike | bytes | bytearray | memoryview
 
@@ -78,6 +78,12 @@ def recording_seconds(source: AudioFile, name: str) -> float:
     if seconds:
         return seconds
     return sum(len(samples) / rate for rate, samples in decode_file(source, name))
+
+
+def refuse_cut_file(source: AudioFile, name: str) -> None:
+    """Raises a ValueError for a file of which sizes or an end mark show, without decoding, that it is cut off."""
+    with _open(source, name) as file:
+        _with_true_sizes(file, name)
 
 
 def pcm_to_float(samples: np.ndarray) -> np.ndarray:
@@ -371,4 +377,4 @@ def _refuse_cut_ogg(file: BinaryIO, start: int, total: int, name: str) -> None:
         )
 
 
-__all__ = ["decode_file", "pcm_to_float", "recording_seconds"]
+__all__ = ["decode_file", "pcm_to_float", "recording_seconds", "refuse_cut_file"]
