@@ -80,12 +80,6 @@ def recording_seconds(source: AudioFile, name: str) -> float:
     return sum(len(samples) / rate for rate, samples in decode_file(source, name))
 
 
-def refuse_cut_file(source: AudioFile, name: str) -> None:
-    """Raises a ValueError for a file of which sizes or an end mark show, without decoding, that it is cut off."""
-    with _open(source, name) as file:
-        _with_true_sizes(file, name)
-
-
 def pcm_to_float(samples: np.ndarray) -> np.ndarray:
     """Returns floating-point or uint8/int16/int32 PCM samples as float32, PCM scaled to [-1, 1)."""
     if samples.dtype.kind == "f":
@@ -377,4 +371,4 @@ def _refuse_cut_ogg(file: BinaryIO, start: int, total: int, name: str) -> None:
         )
 
 
-__all__ = ["decode_file", "pcm_to_float", "recording_seconds", "refuse_cut_file"]
+__all__ = ["decode_file", "pcm_to_float", "recording_seconds"]

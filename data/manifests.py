@@ -1,12 +1,19 @@
-"""Rows of recordings and text, from a JSON-lines manifest or a `datasets` folder: what training and evaluation read.
+"""Rows of recordings and text, from a manifest, tar files or a `datasets` folder: what training and evaluation read.
 
-A row is a recording with its text. Stage 1 reads `audio, text`, stage 2 `audio, question, answer`; other columns are
-ignored. Rows come from
+A row is one recording with its text. A manifest has a JSON object on every line; blank lines have no meaning:
 
-- a JSON-lines manifest, one object per line, paths relative to the manifest's folder, blank lines without meaning:
-  `{"audio": "clips/a.flac", "text": "hello"}`, or
-- a `datasets` folder: what `save_to_disk` wrote or what `load_dataset` can read. Where it holds several splits, name
-  one after a `#`: `corpus#train`.
+    {"audio": "clips/a.flac", "text": "hello"}                                            what stage 1 reads
+    {"audio": "clips/a.flac", "question": "Who calls?", "answer": "Anna."}                what stage 2 reads
+    {"audio": "talk.flac", "start": 61.5, "end": 80.0, "text": "so much for today"}       a part, in seconds
+    {"messages": [{"role": "user", "content": [{"type": "audio", "audio": "a.flac"}, {"type": "audio", "audio":
+        "b.flac"}, {"type": "text", "text": "Who speaks twice?"}]}, {"role": "assistant", "content": "Nobody."}]}
+
+Paths are relative to the manifest's folder. `duration`, the seconds of the whole recording, is compared with the file;
+columns with other names are ignored. Conversations (`messages`) have any number of turns and recordings, and the last
+turn is the assistant's; each answer in them becomes a row of its own, with the turns before it as its prompt.
+
+Other sources are tar files (see `tars.py`) and a `datasets` folder: what `save_to_disk` wrote or `load_dataset` reads.
+Where it holds several splits, name one after a `#`: `corpus#train`.
 
 Every row is checked before work starts, and the header of its recording as well. The error names every bad row; no row
 is left out silently.
@@ -14,31 +21,31 @@ is left out silently.
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import soundfile
 from torch.utils.data import Dataset
 
-from ..decoding_fastlongspeech import refuse_cut_file
 from ..windows_fastlongspeech import WINDOWS
+from .audio import TarMember
+from .headers import read_dataset_durations, read_durations
 
 FAULTS_SHOWN = 10
+PLACE = ("start", "end")  # of a part, in seconds
+TOLERANCE = 0.1  # seconds that a row's duration may differ from its recording's: codecs add delays
 
 
 class SpeechRows(Dataset):
-    """The checked rows of a manifest or `datasets` folder.
+    """The checked rows of a source.
 
     Indexed by a row number, or by a pair `(step, row number)` as `StepSampler` yields: then the row carries its
     optimiser step under `"step"`. With `target_length`, every row carries that number of frames instead, for
     evaluation at a fixed length.
 
     Attributes:
-        durations (`list[float]`): seconds of every recording.
+        durations (`list[float]`): seconds of every row's recordings together.
         places (`list[str]`): where every row stands in its source, such as `"line 7"`.
     """
 
@@ -59,7 +66,8 @@ class SpeechRows(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         step, index = key if isinstance(key, tuple) else (None, key)
         row = self.rows[index]
-        row = {name: row[name] for name in self.columns}
+        wanted = ("messages", "answer") if "messages" in row else (*self.columns, *PLACE)
+        row = {name: row[name] for name in wanted if row.get(name) is not None}
         if step is not None:
             row["step"] = step
         if self.target_length is not None:
@@ -75,23 +83,50 @@ class SpeechRows(Dataset):
         return [row[column] for row in self.rows] if isinstance(self.rows, list) else list(self.rows[column])
 
 
+class Fault(NamedTuple):
+    """What is wrong with a row: where it stands, which check found it, and a sentence that goes on from the place."""
+
+    place: str
+    kind: str
+    text: str
+
+
+class Examined(NamedTuple):
+    """Rows that are usable, with the seconds of their recordings and their places, and the faults of the others."""
+
+    rows: Any
+    durations: list[float]
+    places: list[str]
+    faults: list[Fault]
+
+
 def load_rows(source: str | Path, columns: Sequence[str]) -> SpeechRows:
-    """Returns the rows of a JSON-lines manifest or a `datasets` folder.
+    """Returns the rows of a source.
 
     Args:
-        source: path of the manifest, or of the folder (`folder#split` where it has several splits).
-        columns: the columns every row must have, `"audio"` first; the others are text.
+        source: path of a manifest, of tar files (`speech-*.tar`) or of a folder (`folder#split` where it has several).
+        columns: the columns every row must have, `"audio"` first; the others are text. Where they are question and
+            answer, a row may have `messages` instead.
 
     Raises:
         FileNotFoundError: when there is nothing at `source`.
         ValueError: when a row is not usable; every bad row is named with its line (or row) number and the remedy.
     """
+    return _usable(examine_source(source, columns), str(source), columns)
+
+
+def examine_source(source: str | Path, columns: Sequence[str]) -> Examined:
+    """Returns the usable rows of a source and the faults of the others.
+
+    Raises:
+        FileNotFoundError: there is nothing at `source`.
+    """
     path, _, split = str(source).partition("#")
     if Path(path).is_dir():
-        return check_rows(_folder_rows(path, split, columns), str(source), columns, label="row", first=0)
+        return examine(_folder_rows(path, split, columns), str(source), columns, label="row", first=0)
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no manifest or datasets folder at {path!r}; check the path.")
-    return check_rows(manifest_rows(Path(path)), str(source), columns, label="line", first=1)
+    return examine(manifest_rows(Path(path)), str(source), columns, label="line", first=1)
 
 
 def manifest_rows(path: Path, root: Path | None = None) -> list[Any]:
@@ -106,8 +141,10 @@ def manifest_rows(path: Path, root: Path | None = None) -> list[Any]:
                 row = json.loads(line) if line.strip() else None
             except json.JSONDecodeError as error:
                 row = ValueError(f"is not JSON ({error}); write one object per line")
-            if isinstance(row, dict) and isinstance(row.get("audio"), str):
-                row["audio"] = str((root or path.parent) / row["audio"])
+            if isinstance(row, dict):
+                for part in (row, *_audio_parts(row.get("messages"))):
+                    if isinstance(part.get("audio"), str):
+                        part["audio"] = str((root or path.parent) / part["audio"])
             rows.append(row)
     return rows
 
@@ -151,30 +188,77 @@ def _folder_rows(path: str, split: str, columns: Sequence[str]) -> Any:
         raise ValueError(
             f"{path} has no column {', '.join(missing)} among {', '.join(found.column_names)}; rename its columns."
         )
-    return found.select_columns(list(columns)).cast_column("audio", datasets.Audio(decode=False))
+    wanted = [*columns, *(name for name in PLACE if name in found.column_names)]
+    return found.select_columns(wanted).cast_column("audio", datasets.Audio(decode=False))
 
 
 def check_rows(rows: Any, source: str, columns: Sequence[str], label: str, first: int) -> SpeechRows:
     """Returns the usable rows with their durations, or refuses the source and names every row that is not usable.
 
+    The arguments are those of `examine`.
+    """
+    return _usable(examine(rows, source, columns, label, first), source, columns)
+
+
+def _usable(found: Examined, source: str, columns: Sequence[str]) -> SpeechRows:
+    refuse(source, [f"{fault.place} {fault.text}" for fault in found.faults])
+    if not found.durations:
+        raise ValueError(f"{source} has no rows; write at least one with {', '.join(columns)}.")
+    return SpeechRows(found.rows, columns, found.durations, found.places)
+
+
+def examine(rows: Any, source: str, columns: Sequence[str], label: str, first: int) -> Examined:
+    """Returns the usable rows and the faults of the others.
+
     Args:
         rows: a `datasets.Dataset`, or a list of objects, blank lines (None) and faults (ValueError).
-        source: its name in the error.
+        source: its name in the error, and that under which durations are remembered.
         columns: what every row must have, `"audio"` first; the others are text.
         label: what a row is called in the error, `"line"` or `"row"`.
         first: number of the first row in the error.
     """
-    places = [f"{label} {number}" for number in range(first, first + len(rows))]
-    with ThreadPoolExecutor() as pool:
-        checks = list(pool.map(lambda index: _check_row(rows[index], columns), range(len(rows))))
-    refuse(source, [f"{place} {check}" for place, check in zip(places, checks, strict=True) if isinstance(check, str)])
-    durations = [float(check) for check in checks if check is not None]
-    if not durations:
-        raise ValueError(f"{source} has no rows; write at least one with {', '.join(columns)}.")
-    places = [place for place, check in zip(places, checks, strict=True) if check is not None]
-    return SpeechRows(
-        [row for row in rows if row is not None] if isinstance(rows, list) else rows, columns, durations, places
-    )
+    if not isinstance(rows, list):
+        return _examine_dataset(rows, source, columns, label, first)
+    kept, places, faults = [], [], []
+    for number, raw in enumerate(rows, first):
+        if raw is None:
+            continue
+        fault = _text_fault(raw, columns)
+        if fault:
+            faults.append(Fault(f"{label} {number}", "text", fault))
+            continue
+        for turn, row in enumerate(_answers(raw)):
+            kept.append(row)
+            places.append(f"{label} {number}" + (f", answer {turn + 1}" if turn else ""))
+    parts = [recordings_of(row) for row in kept]
+    seconds = iter(read_durations([part["audio"] for of_row in parts for part in of_row], source))
+    checked = [[_part_seconds(part, next(seconds)) for part in of_row] for of_row in parts]
+    good = []
+    for number, found in enumerate(checked):
+        fault = next((part for part in found if isinstance(part, str)), None)
+        if fault is None:
+            good.append(number)
+        else:
+            faults.append(Fault(places[number], _kind(fault), fault))
+    durations = [float(sum(checked[number])) for number in good]  # type: ignore[arg-type]  # no fault among them
+    order = {f"{label} {number}": number for number in range(first, first + len(rows))}
+    faults.sort(key=lambda fault: order[fault.place.partition(",")[0]])
+    return Examined([kept[number] for number in good], durations, [places[number] for number in good], faults)
+
+
+def _examine_dataset(rows: Any, source: str, columns: Sequence[str], label: str, first: int) -> Examined:
+    texts = rows.remove_columns("audio") if rows.column_names != ["audio"] else [{}] * len(rows)
+    faults, durations, good = [], [], []
+    for number, (row, whole) in enumerate(zip(texts, read_dataset_durations(rows, source), strict=True)):
+        fault = _text_fault({"audio": "", **row}, columns)
+        seconds = fault or _part_seconds(row, whole)
+        if isinstance(seconds, str):
+            faults.append(Fault(f"{label} {number + first}", "text" if fault else _kind(seconds), seconds))
+        else:
+            durations.append(seconds)
+            good.append(number)
+    kept = rows if len(good) == len(rows) else rows.select(good)
+    return Examined(kept, durations, [f"{label} {number + first}" for number in good], faults)
 
 
 def refuse(source: str, faults: Sequence[str]) -> None:
@@ -185,35 +269,102 @@ def refuse(source: str, faults: Sequence[str]) -> None:
         raise ValueError(f"{source} has {len(faults)} bad rows; correct or remove them:{shown}{more}")
 
 
-def _check_row(row: Any, columns: Sequence[str]) -> float | str | None:
-    """Returns the seconds of a row's recording, None for a blank line, or what is wrong and how to mend it."""
-    if row is None:
-        return None
+def recordings_of(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Returns the recordings of a row in order, each an object with `audio` and perhaps `start` and `end`."""
+    return [*_audio_parts(row["messages"])] if "messages" in row else [row]
+
+
+def _audio_parts(messages: Any) -> list[dict[str, Any]]:
+    contents = [message.get("content") for message in messages or () if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [part for part in parts if isinstance(part, dict) and part.get("type") == "audio"]
+
+
+def _answers(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields a row as it is, or one row for every answer in its conversation: `messages` before it, and `answer`."""
+    if "messages" not in row:
+        yield row
+        return
+    for number, message in enumerate(row["messages"]):
+        if message["role"] == "assistant":
+            content = message["content"]
+            answer = content if isinstance(content, str) else "".join(part["text"] for part in content)
+            yield {"messages": row["messages"][:number], "answer": answer}
+
+
+def _text_fault(row: Any, columns: Sequence[str]) -> str | None:
+    """Returns what is wrong with all of a row but its recordings, and how to mend it, or None."""
     if isinstance(row, ValueError):
         return str(row)
     if not isinstance(row, dict):
         return f"holds a {type(row).__name__}; write an object with {', '.join(columns)}"
+    if "messages" in row and "answer" in columns:
+        return _conversation_fault(row)
     for column in columns:
         if column not in row:
             return f"has no {column!r}; it needs {', '.join(columns)}"
     for column in columns[1:]:
         if not isinstance(row[column], str) or not row[column].strip():
             return f"has {column!r} = {row[column]!r}; it must be text that is not empty"
-    audio = row["audio"]
-    if isinstance(audio, dict):  # what `datasets` hands out
-        audio = audio.get("bytes") or audio.get("path")
-    elif not isinstance(audio, str):
-        return f"has 'audio' = {audio!r}; it must be the path of one recording"
-    if isinstance(audio, str) and not Path(audio).is_file():
-        return f"names the recording {audio}, which does not exist; correct the path"
-    try:
-        refuse_cut_file(audio, "it")
-        info = soundfile.info(io.BytesIO(audio) if isinstance(audio, bytes) else audio)
-    except (soundfile.SoundFileError, TypeError, OSError, ValueError) as error:
-        return f"has a recording that can't be read ({error}); convert it to wav or flac"
-    if info.frames >= 2**62:  # what libsndfile says of a FLAC that was written to a pipe
-        return "has a recording whose header does not say how long it is; convert it to wav"
-    duration = info.frames / info.samplerate
-    if duration < WINDOWS.frame_seconds:
-        return f"has a recording of {duration:.3f} s; it must last at least {WINDOWS.frame_seconds} s"
-    return duration
+    return _place_fault(row)
+
+
+def _conversation_fault(row: dict[str, Any]) -> str | None:
+    extra = [name for name in ("audio", "question", "answer", *PLACE) if row.get(name) is not None]
+    if extra:
+        return f"has messages and {', '.join(extra)}; name recordings and texts in the messages alone"
+    messages = row["messages"]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        return "has messages that are no list of objects; write each with role and content"
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if role not in ("system", "user", "assistant"):
+            return f"has a message with the role {role!r}; write system, user or assistant"
+        if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+            return f"has a message of the {role} without content; write text, or a list of parts"
+        for part in parts:
+            text = part.get("text")
+            if part.get("type") == "audio" and role != "assistant":
+                fault = "an audio part without audio; name a recording" if "audio" not in part else _place_fault(part)
+                if fault:
+                    return fault if fault.startswith("has") else f"has {fault}"
+            elif part.get("type") != "text" or not isinstance(text, str) or not text.strip():
+                return f"has a part of the {role} that is no text, or empty; write text, or of the user audio"
+    if not messages or messages[-1]["role"] != "assistant":
+        return "has messages that do not end with the assistant's; what it should answer is learned"
+    first = next(number for number, message in enumerate(messages) if message["role"] == "assistant")
+    return None if _audio_parts(messages[:first]) else "has no recording before its first answer; name one"
+
+
+def _place_fault(part: Mapping[str, Any]) -> str | None:
+    """Returns what is wrong with a recording's name and place, before its header is read."""
+    if not isinstance(part["audio"], (str, TarMember)):
+        return f"has 'audio' = {part['audio']!r}; it must be the path of one recording"
+    for name in (*PLACE, "duration"):
+        value = part.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0):
+            return f"has {name!r} = {value!r}; it must be seconds"
+    return None
+
+
+def _part_seconds(part: Mapping[str, Any], whole: float | str) -> float | str:
+    """Returns the seconds of a part of a recording that lasts `whole`, or what is wrong with it."""
+    if isinstance(whole, str):
+        return whole
+    named, start, end = part.get("duration"), part.get("start") or 0.0, part.get("end")
+    if named is not None and abs(named - whole) > TOLERANCE:
+        return f"has 'duration' = {named}, but its recording lasts {whole:.3f} s; has it been changed or cut?"
+    end = whole if end is None else end
+    if end > whole + WINDOWS.frame_seconds:
+        return f"has 'end' = {end}, but its recording lasts {whole:.3f} s; correct it"
+    seconds = min(end, whole) - start
+    if seconds < WINDOWS.frame_seconds:
+        return f"has a recording of {seconds:.3f} s; it must last at least {WINDOWS.frame_seconds} s"
+    return seconds
+
+
+def _kind(fault: str) -> str:
+    """Returns which of the faults of recordings it is, by its words."""
+    marks = {"missing": "does not exist", "cut": "cut", "unreadable": "can't be"}
+    return next((kind for kind, mark in marks.items() if mark in fault), "place")

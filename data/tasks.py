@@ -13,7 +13,8 @@
 A row may have a `passage`, what is said in its recording.
 
 A source is a JSON-lines manifest, a JSON file with a list of objects, a CSV file, a `datasets` folder or the name of a
-dataset on the Hub; `#name` behind it names a split. Recordings are read when they are asked for.
+dataset on the Hub; `#name` behind it names a split. Where a manifest's row has `start` or `end` (seconds), that part
+of the recording is asked about. Recordings are read when they are asked for.
 """
 
 import csv
@@ -26,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from ..prompts_fastlongspeech import TRANSCRIBE
-from .manifests import check_rows, manifest_rows, open_folder, refuse
+from .audio import open_part
+from .manifests import PLACE, check_rows, manifest_rows, open_folder, refuse
 
 EMOTIONS = ["Anger", "Disgust", "Fear", "Joy", "Neutral", "Sadness", "Surprise"]
 EMOTION_QUESTION = f"Given the Choices: [{', '.join(EMOTIONS)}]. What is the emotion in the audio?"  # Appendix B.2
@@ -75,8 +77,8 @@ class QuestionSet:
     left_out: int
 
     def audio(self, example: Example) -> Any:
-        """Returns the recording of an example, as `load_recording` takes it."""
-        return self.rows[example.row]["audio"]
+        """Returns the recording of an example, or the part of it that is asked about, as `load_recording` takes it."""
+        return open_part(self.rows[example.row])
 
 
 def load_questions(
@@ -131,7 +133,7 @@ def load_questions(
     examples = [
         Example(
             row=number,
-            recording=_identify(checked.rows[number]["audio"]),
+            recording=_identify(checked.rows[number]),
             duration=duration,
             question=row["question"],
             answers=_listed(row["answers"]),
@@ -184,11 +186,14 @@ def _raw_rows(path: str, split: str, subset: str | None, root: Path) -> Any:
     return found.cast_column("audio", datasets.Audio(decode=False))
 
 
-def _identify(audio: Any) -> str:
-    """Returns a text that is the same for the same recording: its path, or a digest of its bytes."""
+def _identify(row: dict[str, Any]) -> str:
+    """Returns a text that is the same for the same part of a recording: its path, or a digest of its bytes, and where
+    it is."""
+    audio = row["audio"]
     if isinstance(audio, dict):
-        return hashlib.sha1(audio["bytes"]).hexdigest() if audio.get("bytes") else str(audio["path"])
-    return str(audio)
+        audio = hashlib.sha1(audio["bytes"]).hexdigest() if audio.get("bytes") else audio["path"]
+    part = [str(row[name]) for name in PLACE if row.get(name) is not None]
+    return " ".join([str(audio), *part])
 
 
 def _listed(answers: Any) -> list[str]:
@@ -228,8 +233,12 @@ def _find(root: Path, name: Any, folder: str = "") -> Any:
     return str(places[0])
 
 
+def _place(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in PLACE if row.get(name) is not None}
+
+
 def _question(row: dict[str, Any], root: Path) -> dict[str, Any]:
-    return {
+    return _place(row) | {
         "audio": _find(root, row.get("audio", row.get("path"))),
         "question": row.get("question"),
         "answers": row.get("answers", row.get("answer")),
@@ -243,7 +252,7 @@ def _choice(row: dict[str, Any], root: Path) -> dict[str, Any]:
 
 def _transcription(row: dict[str, Any], root: Path) -> dict[str, Any]:
     audio = _find(root, row.get("audio"))
-    return {"audio": audio, "question": TRANSCRIBE, "answers": row.get("text"), "choices": []}
+    return _place(row) | {"audio": audio, "question": TRANSCRIBE, "answers": row.get("text"), "choices": []}
 
 
 def _meld(row: dict[str, Any], root: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What several test files share: tiny builders."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 import soundfile
 import torch
+from huggingface_hub import constants
 from tokenizers import pre_tokenizers
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, Qwen2Tokenizer, WhisperFeatureExtractor
 
@@ -27,6 +28,14 @@ def speech(seconds: float, rate: int = RATE, seed: int = 0) -> np.ndarray:
     tones = np.sin(2 * np.pi * (200 + 20 * seed) * time) * (0.5 + 0.4 * np.sin(2 * np.pi * 0.3 * time))
     noise = np.random.default_rng(seed).normal(scale=0.01, size=time.shape)
     return (0.3 * tones + noise).astype(np.float32)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keeps what tests remember of recordings' headers out of the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("home")))
+        yield Path(constants.HF_HOME)
 
 
 @pytest.fixture

@@ -184,7 +184,6 @@ def test_the_code_imports_nothing_an_inference_user_must_not_have():
     from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
     allowed = {
-        "av",
         "torch",
         "transformers",
         "huggingface_hub",

@@ -14,7 +14,7 @@ from conftest import CLIP_SECONDS, CLIP_TEXTS, RATE, write_rows
 from torch.utils.data import BatchSampler
 
 from fastlongspeech.data.manifests import load_rows
-from fastlongspeech.train.batches import DCTCollator, StepSampler, draw_target_length
+from fastlongspeech.train.batches import CTCCollator, DCTCollator, StepSampler, draw_target_length
 
 # Rows
 
@@ -50,11 +50,6 @@ def test_every_bad_row_is_named_with_its_line_and_remedy(data, tmp_path):
     good = {"audio": str(data / "clips" / "1.wav"), "text": "a"}
     soundfile.write(tmp_path / "short.wav", np.zeros(600), RATE)
     (tmp_path / "broken.wav").write_bytes(b"RIFF")
-    soundfile.write(tmp_path / "piped.flac", np.zeros(RATE), RATE)
-    flac = bytearray((tmp_path / "piped.flac").read_bytes())
-    flac[21] &= 0xF0  # the samples of the whole in 36 bits of the header; 0: not known
-    flac[22:26] = bytes(4)
-    (tmp_path / "piped.flac").write_bytes(flac)
     faults = {
         "{": "is not JSON .*write one object per line",
         "[1]": "holds a list; write an object with audio, text",
@@ -65,10 +60,9 @@ def test_every_bad_row_is_named_with_its_line_and_remedy(data, tmp_path):
         json.dumps({**good, "audio": "nowhere.wav"}): "nowhere.wav, which does not exist; correct the path",
         json.dumps({**good, "audio": "broken.wav"}): "can't be read .*convert it to wav or flac",
         json.dumps({**good, "audio": "short.wav"}): "0.037 s; it must last at least 0.04 s",
-        json.dumps({**good, "audio": "piped.flac"}): "does not say how long it is; convert it to wav",
     }
     manifest = write_rows(tmp_path / "bad.jsonl", [good, "", *faults])
-    with pytest.raises(ValueError, match="bad.jsonl has 10 bad rows; correct or remove them") as refusal:
+    with pytest.raises(ValueError, match="bad.jsonl has 9 bad rows; correct or remove them") as refusal:
         load_rows(manifest, ("audio", "text"))
     named = str(refusal.value).splitlines()[1:]
     for number, (line, fault) in enumerate(zip(named, faults.values(), strict=True), 3):
@@ -149,5 +143,25 @@ def test_the_collator_fuses_a_batch_to_the_length_of_its_step_or_to_the_one_its_
     assert (fixed["input_ids"] == processor.audio_token_id).sum() == 7
     everything = DCTCollator(processor, [9, 5, 2], seed=3, compression="none")([rows.at(7)[1]])
     assert (everything["input_ids"] == processor.audio_token_id).sum() == 25
-    assert "Audio 1: <|audio_bos|><|AUDIO|>" in collate.prompt("Who?")
-    assert collate.prompt("Who?").endswith("<|audio_eos|>\nWho?<|im_end|>\n<|im_start|>assistant\n")
+    prompt = collate.prompt(rows[1])
+    assert "Audio 1: <|audio_bos|><|AUDIO|>" in prompt
+    assert prompt.endswith("<|audio_eos|>\nWho?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_collator_takes_conversations_and_parts_of_recordings(data, processor):
+    recording = {"type": "audio", "audio": str(data / "clips" / "5.wav"), "start": 0.2, "end": 0.6}
+    asked = {"role": "user", "content": [recording, {"type": "text", "text": "Who?"}]}
+    again = {"role": "user", "content": [recording | {"end": 1.0}, {"type": "text", "text": "And here?"}]}
+    told = {"role": "assistant", "content": "Anna."}
+    chat = {"messages": [asked, told, again], "answer": "Ben.", "step": 0}
+    plain = {"audio": recording["audio"], "start": 0.2, "question": "Who?", "answer": "dog", "step": 0}
+    batch = DCTCollator(processor, [99], seed=0)([chat, plain])
+    placeholders = (batch["input_ids"] == processor.audio_token_id).sum(1).tolist()
+    assert placeholders == [10 + 20, 60]  # frames of 40 ms
+    assert batch["windows_per_audio"].tolist() == [1, 1, 1]
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    assert re.search(r"Audio 1: .*Who\?<\|im_end\|>.*Anna\.<\|im_end\|>.*Audio 2: .*And here\?", text, re.DOTALL)
+    answers = [processor.tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]]
+    assert answers == ["Ben.<|im_end|>", "dog<|im_end|>"]
+    heard = CTCCollator(processor)([plain | {"text": "a dog"}])["feature_attention_mask"]
+    assert int(heard.sum()) == 240  # mel frames of 10 ms

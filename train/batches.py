@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from ..data.audio import open_part
+from ..data.manifests import recordings_of
 from .cache import FeatureCache
 
 
@@ -99,12 +101,12 @@ class CTCCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns `input_features`, `feature_attention_mask`, `windows_per_audio` and `ctc_labels`."""
-        heard, of_model = listen(self.processor, self.cache, [row["audio"] for row in rows])
+        heard, of_model = listen(self.processor, self.cache, [open_part(row) for row in rows])
         return self.processor(**heard, ctc_text=[row["text"] for row in rows]) | of_model
 
 
 class DCTCollator:
-    """Makes rows of `audio, question, answer` into the inputs of dynamic compression training.
+    """Makes rows of `audio, question, answer`, or `messages, answer`, into the inputs of dynamic compression training.
 
     All rows of an optimiser step get placeholders for one L, drawn from (seed, step). The step comes with the rows
     (see `StepSampler`). So L is the same in all processes, data loader workers and accumulated micro-batches, and
@@ -128,18 +130,19 @@ class DCTCollator:
         target_length = rows[0].get("target_length")
         if target_length is None:
             target_length = draw_target_length(self.seed, rows[0]["step"], self.target_lengths)
-        heard, of_model = listen(self.processor, self.cache, [row["audio"] for row in rows])
+        recordings = [open_part(part) for row in rows for part in recordings_of(row)]
+        heard, of_model = listen(self.processor, self.cache, recordings)
         batch = self.processor(
             **heard,
-            text=[self.prompt(row["question"]) for row in rows],
+            text=[self.prompt(row) for row in rows],
             answers=[row["answer"] for row in rows],
             target_length=target_length,
             compression=self.compression,
         )
         return batch | of_model
 
-    def prompt(self, question: str) -> str:
-        """Returns a question about one recording in the processor's chat template."""
-        content = [{"type": "audio"}, {"type": "text", "text": question}]
-        turn = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    def prompt(self, row: dict[str, Any]) -> str:
+        """Returns a row's question about its recording, or its conversation, in the processor's chat template."""
+        asked = [{"type": "audio"}, {"type": "text", "text": row.get("question")}]
+        turns = row.get("messages") or [{"role": "user", "content": asked}]
+        return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
