@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from .processing_fastlongspeech import FastLongSpeechProcessor
     from .recordings_fastlongspeech import EncodedRecordings
+    from .summarised_fastlongspeech import SummarisedRecordings
 
 __all__ = [
     "EncodedRecordings",
@@ -27,6 +28,7 @@ __all__ = [
     "FastLongSpeechForConditionalGeneration",
     "FastLongSpeechModel",
     "FastLongSpeechProcessor",
+    "SummarisedRecordings",
     "load_recording",
 ]
 
@@ -46,10 +48,10 @@ if not TYPE_CHECKING:  # a type checker would take this for leave to name anythi
 
 def _load() -> dict[str, Any]:
     """Returns the public names with what they stand for, which transformers' Auto classes know from then on."""
-    from . import audio_fastlongspeech, modeling_fastlongspeech, recordings_fastlongspeech
+    from . import audio_fastlongspeech, modeling_fastlongspeech, recordings_fastlongspeech, summarised_fastlongspeech
     from .app.hosts import QWEN2_AUDIO
 
-    modules = (audio_fastlongspeech, modeling_fastlongspeech, recordings_fastlongspeech)
+    modules = (audio_fastlongspeech, modeling_fastlongspeech, recordings_fastlongspeech, summarised_fastlongspeech)
     loaded = {name: value for module in modules for name, value in vars(module).items()}
     return loaded | dict(zip(QWEN2_AUDIO.class_names, QWEN2_AUDIO.load(), strict=True))
 

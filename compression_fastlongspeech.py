@@ -2,7 +2,8 @@
 
 All are functions of `(frames, lengths, targets, settings)`, return exactly L frames of a recording that has more and
 leave the others alone, give a recording in a batch what it gets alone, and accumulate in float32. Settings that a
-method has no use for (the density, the schedule) it ignores. `"none"`, every frame, is no function.
+method has no use for (the density, the schedule) it ignores. `"none"`, every frame, is no function. Nor is
+`"summary"`, which fuses frames and leaves the rest to the language model, see `summary_fastlongspeech.py`.
 """
 
 import torch
@@ -130,9 +131,9 @@ COMPRESSIONS = {
 
 
 def check_compression(compression: str) -> None:
-    """Raises a ValueError unless `compression` is a name of `COMPRESSIONS` or `"none"`."""
-    if compression not in (*COMPRESSIONS, "none"):
-        raise ValueError(f"compression must be one of {', '.join(COMPRESSIONS)}, none; got {compression!r}.")
+    """Raises a ValueError unless `compression` is a name of `COMPRESSIONS`, `"summary"` or `"none"`."""
+    if compression not in (*COMPRESSIONS, "summary", "none"):
+        raise ValueError(f"compression must be one of {', '.join(COMPRESSIONS)}, summary, none; got {compression!r}.")
 
 
 __all__ = ["COMPRESSIONS", "check_compression"]

@@ -153,7 +153,8 @@ class SpeechProcessor(ProcessorMixin):
             audio: recordings as `load_recording` takes them, one or a list.
             answers: for training, one for every prompt; each is appended with the end-of-turn token.
             ctc_text: for CTC training, the transcript of every recording.
-            compression: "none" for a placeholder per frame; every other way to shorten a recording (see
+            compression: "none" for a placeholder per frame; "summary" for the frames that the language model reads and
+                sums up, `target_length` for every 30 s of a recording; every other way to shorten a recording (see
                 `compression_fastlongspeech.py`) needs the same placeholders, at most `target_length`.
             recordings: what the model's `encode` returned, instead of `audio`: those that the prompts ask about, one
                 for each audio token in order, or one for all.
@@ -269,6 +270,8 @@ class SpeechProcessor(ProcessorMixin):
         lengths = check_target_length(target_length, len(frames)).numpy()
         if compression is not None:
             check_compression(compression)
+        if compression == "summary":  # the language model reads so many, and keeps fewer
+            return self.windows.share(frames, lengths)
         return frames if compression == "none" else np.minimum(frames, lengths)
 
     def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs: Any) -> str:

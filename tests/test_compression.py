@@ -244,7 +244,7 @@ def test_an_unknown_name_is_refused_by_the_names_there_are(
     model: FastLongSpeechForConditionalGeneration, make_audio: Make, make_prompts: Make, processor: Any
 ) -> None:
     names = ", ".join(COMPRESSIONS)
-    sentence = f"compression must be one of {names}, none; got 'zip'"
+    sentence = f"compression must be one of {names}, summary, none; got 'zip'"
     for call in (
         lambda: model.generate(**make_audio([700]), **make_prompts([20]), compression="zip"),
         lambda: model(**make_audio([700]), **make_prompts([20]), compression="zip"),

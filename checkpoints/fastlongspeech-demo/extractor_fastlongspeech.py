@@ -118,7 +118,8 @@ class SpeechExtractor:
         Args:
             recordings: as `encode` returns them.
             target_length: most frames a recording keeps, 1 or more, one for all or `(A,)`; absent: configured.
-            compression: a name of `COMPRESSIONS`, or `"none"` to keep every frame; absent: configured.
+            compression: a name of `COMPRESSIONS`, or `"none"` to keep every frame; absent: configured. `"summary"`
+                gives what the language model reads before it sums up: `target_length` frames for every 30 s.
 
         Raises:
             ValueError: `target_length` or `compression` is out of range, or another encoder made the recordings.
@@ -127,6 +128,9 @@ class SpeechExtractor:
         target_length = self.config.target_length if target_length is None else target_length
         targets = check_target_length(target_length, len(recordings))
         recordings = self._received(recordings)
+        if compression == "summary":
+            targets = torch.from_numpy(self.windows.share(recordings.lengths.numpy(), targets.numpy()))
+            compression = "iterative_fusion"
         frames, starts, ends, lengths = recordings.frames, recordings.starts, recordings.ends, recordings.lengths
         if compression != "none" and bool((lengths > targets).any()):
             first = lengths.cumsum(0) - lengths

@@ -18,6 +18,8 @@ from .ctc_fastlongspeech import FastLongSpeechCTCDecoder
 from .extractor_fastlongspeech import FastLongSpeechAudioOutput, SpeechExtractor
 from .prompts_fastlongspeech import FastLongSpeechGenerationMixin, hear, insert_audio
 from .recordings_fastlongspeech import EncodedRecordings
+from .summarised_fastlongspeech import SummaryGenerationMixin
+from .summary_fastlongspeech import SpeechSummary
 
 logger = logging.get_logger(__name__)
 
@@ -33,7 +35,7 @@ KEY_MAPPING = {
 }
 
 
-class HostModel(SpeechExtractor):
+class HostModel(SpeechExtractor, SpeechSummary):
     """Encoder, CTC decoder, projector and language model of a host, without a head.
 
     The host brings `encode_windows`, `normalise` and `project` (see `SpeechExtractor`), and its `__init__`, which
@@ -48,8 +50,10 @@ class HostModel(SpeechExtractor):
     _init_weights: Any
 
     def add_ctc_decoder(self) -> None:
-        """Makes the CTC decoder and ends the host's `__init__`."""
+        """Makes the CTC decoder and, where configured, summary projections, and ends the host's `__init__`."""
         self.ctc_decoder = FastLongSpeechCTCDecoder(self.config)
+        if self.config.summary_interval:
+            self.add_summary(self.config.summary_interval)
         self.post_init()
 
     def reset_ctc_decoder(self, ctc_vocab_size: int) -> None:
@@ -94,6 +98,7 @@ class HostModel(SpeechExtractor):
         windows_per_audio: Tensor | None = None,
         target_length: int | Sequence[int] | Tensor | None = None,
         compression: str | None = None,
+        compression_ratio: int | Sequence[int] | Tensor | None = None,
         recordings: EncodedRecordings | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -101,9 +106,11 @@ class HostModel(SpeechExtractor):
 
         Without `target_length` every recording is fused to the number of its placeholders. `recordings`, what `encode`
         returned, stand for features; the other arguments are those of `get_audio_features` and of any language model.
+        With `compression="summary"`, prompts are read in one pass, see `read_in_one_pass`; `compression_ratio` is one
+        for all intervals of every recording, or one for each.
 
         Raises:
-            ValueError: placeholders and recordings do not fit.
+            ValueError: placeholders and recordings do not fit, or a cache is given to a pass that sums up.
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -113,6 +120,9 @@ class HostModel(SpeechExtractor):
             else:
                 audio_token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
                 placeholders = (inputs_embeds == self.get_input_embeddings()(audio_token)).all(-1)
+            ratio = self.summary_ratio(compression, compression_ratio)
+            if ratio is not None and target_length is None:
+                compression = "iterative_fusion"  # to the number of placeholders, before it is summed up
             audio = hear(
                 self,
                 placeholders,
@@ -125,6 +135,10 @@ class HostModel(SpeechExtractor):
                 compression=compression,
             )
             inputs_embeds = insert_audio(inputs_embeds, placeholders, audio.pooler_output)
+            if ratio is not None:
+                if past_key_values is not None:
+                    raise ValueError("past_key_values can't be read when recordings are summed up; leave it out.")
+                return self.read_in_one_pass(inputs_embeds, attention_mask, placeholders, ratio, **kwargs)
         return self.read(
             inputs_embeds,
             attention_mask=attention_mask,
@@ -139,7 +153,7 @@ class HostModel(SpeechExtractor):
         return self.language_model(inputs_embeds=inputs_embeds, **kwargs)
 
 
-class HostForConditionalGeneration(FastLongSpeechGenerationMixin):
+class HostForConditionalGeneration(SummaryGenerationMixin, FastLongSpeechGenerationMixin):
     """Answers questions about recordings of any duration.
 
     The host brings its `__init__`, which makes `model`, the `HostModel`, and ends with `add_head`.
@@ -184,6 +198,8 @@ class HostForConditionalGeneration(FastLongSpeechGenerationMixin):
         parent: Any = super()
         model, info = parent.from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model._weight_conversions = []  # it is saved under the names it has, not under those it came with
+        if any("summary_" in name for name in info["missing_keys"]):  # a model that was never trained to sum up
+            model.model.add_summary(model.config.summary_interval)
         if any("ctc_decoder." in name for name in info["missing_keys"]):
             model.config.ctc_trained = False
             logger.warning(
@@ -238,6 +254,7 @@ class HostForConditionalGeneration(FastLongSpeechGenerationMixin):
         windows_per_audio: Tensor | None = None,
         target_length: int | Sequence[int] | Tensor | None = None,
         compression: str | None = None,
+        compression_ratio: int | Sequence[int] | Tensor | None = None,
         recordings: EncodedRecordings | None = None,
         ctc_labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -284,6 +301,7 @@ class HostForConditionalGeneration(FastLongSpeechGenerationMixin):
             windows_per_audio=windows_per_audio,
             target_length=target_length,
             compression=compression,
+            compression_ratio=compression_ratio,
             recordings=recordings,
             **kwargs,
         )

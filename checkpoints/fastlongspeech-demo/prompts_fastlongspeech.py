@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 TRANSCRIBE = "Transcribe the speech to text without explanation:"  # the paper's instruction
 AUDIO_FEATURES = ("input_features", "feature_attention_mask", "windows_per_audio")
-AUDIO_INPUTS = (*AUDIO_FEATURES, "recordings", "target_length", "compression")
+AUDIO_INPUTS = (*AUDIO_FEATURES, "recordings", "target_length", "compression", "compression_ratio")
 
 
 def hear(extractor: SpeechExtractor, placeholders: Tensor, resize: bool, **audio_inputs: Any) -> Any:

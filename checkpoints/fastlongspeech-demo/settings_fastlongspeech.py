@@ -46,12 +46,17 @@ class FastLongSpeechSettings:
         content_density: `"ctc"` (Eq. 3) or `"uniform"` (every frame weighs 1).
         compression: what shortens a recording when a call names nothing, see `compression_fastlongspeech.py`:
             `"iterative_fusion"`, a rival (`"random"`, `"average_pooling"`, `"most_similar"`, `"adjacent_merging"`), an
-            ablation (`"single_step_fusion"`, `"uniform_density"`), or `"none"` to keep every frame.
-        target_length: L, the frames (40 ms each before fusion) a recording is fused to when a call names no other.
+            ablation (`"single_step_fusion"`, `"uniform_density"`), `"summary"`, see `summary_fastlongspeech.py`, or
+            `"none"` to keep every frame.
+        target_length: L, the frames (40 ms each before fusion) a recording is fused to when a call names no other;
+            with `"summary"` those that 30 s of it are fused to.
         target_lengths: the values L is drawn from in training.
         fusion_schedule: `"halving"` (Eq. 5) or `"ladder"` (the rungs of `fusion_ladder` below the current length,
             then L); the same in training and inference.
         fusion_ladder: the lengths the ladder schedule passes through, in any order.
+        summary_interval: frames of a recording that the language model sums up together; 0: it has no projections for
+            that, see `add_summary`.
+        compression_ratio: with `"summary"`, frames for each summary token when a call names no other ratio.
         windows_per_batch: how many times 30 s of audio the encoder reads at a time, at most; a CPU reads no more than
             a minute.
 
@@ -78,6 +83,8 @@ class FastLongSpeechSettings:
     target_lengths: list[int] | tuple[int, ...] = validated_field(_lengths, default=(750, 400, 200, 100, 50, 25, 12))
     fusion_schedule: str = validated_field(_one_of("halving", "ladder"), default="halving")
     fusion_ladder: list[int] | tuple[int, ...] = validated_field(_lengths, default=(400, 200, 100, 50, 25, 12))
+    summary_interval: int = validated_field(_at_least(0), default=0)
+    compression_ratio: int = validated_field(_at_least(1), default=8)
     windows_per_batch: int = validated_field(_at_least(1), default=8)
 
     def __post_init__(self: Any, **kwargs: Any) -> None:

@@ -6,7 +6,7 @@ Everything that counts or places one of these asks here; nothing else knows how 
 begin, or which frames of a window belong to its recording. Windows that overlap would be a change in `cut` and `own`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, NamedTuple
@@ -90,6 +90,13 @@ class Windows:
         """Returns the mel frame of its window that a frame begins with, by its number there (integers or an array)."""
         return self.mel_frames_per_frame * number
 
+    def share(self, frames: Any, target_length: Any) -> Any:
+        """Returns the frames that recordings of so many keep if 30 s of them keep `target_length`, rounded up.
+
+        Integers or arrays `(A,)`; no recording keeps more frames than it has.
+        """
+        return np.minimum(frames, -(-frames * target_length * self.mel_frames_per_frame // MEL_FRAMES))
+
     def own(self, mel_frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the first frame of each window that belongs to its recording, and how many do: here all, from 0 on.
 
@@ -140,6 +147,39 @@ class Windows:
             yield batch
 
 
+def summary_intervals(frames: int, interval: int, ratio: int | Sequence[int]) -> list[tuple[int, int, int]]:
+    """Returns the intervals of a recording that is summed up: first frame, one past the last, and its ratio.
+
+    The last interval is as short as what is left; nothing is dropped.
+
+    Args:
+        frames: of the recording, after any fusion.
+        interval: frames of a whole interval.
+        ratio: frames for each summary token, one for all intervals or one for each.
+
+    Raises:
+        ValueError: a ratio is below 1, or there are fewer than intervals.
+    """
+    starts = range(0, frames, interval)
+    ratios = list(ratio) if isinstance(ratio, Sequence) else [ratio] * len(starts)
+    if len(ratios) < len(starts):
+        raise ValueError(
+            f"compression_ratio must be an integer or one for each of {len(starts)} intervals, got {ratios}."
+        )
+    if any(not isinstance(of_interval, int) or of_interval < 1 for of_interval in ratios):
+        raise ValueError(
+            f"compression_ratio must be a positive integer, got {ratio}; 1 is one summary for each frame."
+        )
+    return [(start, min(start + interval, frames), ratios[number]) for number, start in enumerate(starts)]
+
+
+def count_summaries(frames: int, interval: int, ratio: int | Sequence[int]) -> int:
+    """Returns how many summary tokens a recording gets, the sum of ceil(n / ratio) over its intervals of n frames."""
+    return sum(
+        ceil((stop - start) / of_interval) for start, stop, of_interval in summary_intervals(frames, interval, ratio)
+    )
+
+
 WINDOWS = Windows()
 
-__all__ = ["WINDOWS", "FramePlaces", "Windows"]
+__all__ = ["WINDOWS", "FramePlaces", "Windows", "count_summaries", "summary_intervals"]
