@@ -88,6 +88,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     cost_parser.add_argument("recordings", nargs="*", metavar="RECORDING", help="audio file or URL")
     cost_parser.add_argument("--seconds", type=float, nargs="+", metavar="S", help="durations instead of recordings")
+    cost_parser.add_argument(
+        "--compression-ratio", type=positive, metavar="N", help="summed up, N frames in each summary token"
+    )
     cost_parser.set_defaults(run=print_cost)
     for command, (_, _, help_line) in MODULES.items():
         commands.add_parser(command, add_help=False, help=f"{help_line}; see {command} --help")

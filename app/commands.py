@@ -67,16 +67,22 @@ def print_cost(arguments: argparse.Namespace) -> None:
     durations = {name: recording_seconds(name) for name in arguments.recordings}
     durations |= {f"{seconds:g} s": seconds for seconds in arguments.seconds or []}
     facts = []
+    options: dict[str, Any] = {"answer_tokens": longest}
+    if arguments.compression_ratio is not None:
+        options |= {"compression": "summary", "compression_ratio": arguments.compression_ratio}
     if not arguments.json:
         print(f"counted with {TEXT_TOKENS} tokens of text and an answer of {longest} tokens")
     for name, seconds in durations.items():
-        costs = counter.recording(seconds, arguments.target_length, answer_tokens=longest)
-        unfused = counter.recording(seconds, compression="none", answer_tokens=longest).total
-        facts.append({"path": name, **asdict(costs), "total": costs.total, "total_without_fusion": unfused})
+        costs = counter.recording(seconds, arguments.target_length, **options)
+        unfused = counter.recording(seconds, compression="none", answer_tokens=longest)
+        facts.append({"path": name, **asdict(costs), "total": costs.total, "total_without_fusion": unfused.total})
         if not arguments.json:
             print(describe_recording(name, seconds, costs.windows, costs.frames, costs.tokens))
-            for part, flops in {**costs.flops, "total": costs.total, "without fusion": unfused}.items():
+            for part, flops in {**costs.flops, "total": costs.total, "without fusion": unfused.total}.items():
                 print(f"    {part:15}{flops / 1e12:11.4g} TFLOPs {flops / costs.total:7.1%}")
+            if costs.cache_bytes is not None and unfused.cache_bytes is not None:
+                share = costs.cache_bytes / unfused.cache_bytes
+                print(f"    {'cache':15}{costs.cache_bytes / 2**20:11.4g} MiB    {share:7.1%} of that without fusion")
     if arguments.json:
         print(
             json.dumps({"text_tokens": TEXT_TOKENS, "answer_tokens": longest, "recordings": facts}, ensure_ascii=False)

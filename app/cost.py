@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 
 from ..decoding_fastlongspeech import recording_seconds as file_seconds
-from ..windows_fastlongspeech import WINDOWS
+from ..windows_fastlongspeech import WINDOWS, count_summaries, summary_intervals
 from .sizes import Sizes, product
 
 # What Qwen2-Audio's chat template writes around a recording (27 tokens) and a question of a dozen words.
 TEXT_TOKENS = 40
+BEFORE = 20  # of these, how many stand before the recording
+INTERVAL = 720  # frames that are summed up together by a model that says no number of its own
 TAPS = 3  # columns that each convolution of the encoder reads at a time
 
 
@@ -30,18 +32,21 @@ class Cost:
 
     Attributes:
         seconds, windows, frames: of the recording, 25 frames a second.
-        tokens: frames that are left for the language model.
+        tokens: of the recording, that the language model keeps: frames that are left, or summary tokens.
+        cache_bytes: of the language model's cache after the answer, 2 for each number; None where its layers are not
+            known.
         flops: floating-point operations by part. `encoder`: the windows through the audio encoder; `ctc decoder`: the
             densities of all frames, in every round (a CPU takes fewer, see `fusion_fastlongspeech.renew_weights`);
             `fusion`: similarities and weighted means, in every round; `projector`: the frames left, to the width of
             the language model; `prefill`: these and the text through the language model, with the logits of the first
-            token of the answer; `answer`: its other tokens.
+            token of the answer; `answer`: its other tokens. With `"summary"` the prefill goes by intervals.
     """
 
     seconds: float
     windows: int
     frames: int
     tokens: int
+    cache_bytes: int | None
     flops: dict[str, int]
 
     @property
@@ -71,6 +76,7 @@ class ModelCost:
         compression: str | None = None,
         text_tokens: int = TEXT_TOKENS,
         answer_tokens: int = 1,
+        compression_ratio: int | None = None,
     ) -> Cost:
         """Returns what this package spends on a recording and a question about it.
 
@@ -80,9 +86,10 @@ class ModelCost:
             compression: as in `get_audio_features`; None: configured.
             text_tokens: of the prompt around the recording.
             answer_tokens: length of the answer, 1 or more.
+            compression_ratio: with `"summary"`, frames for each summary token; None: configured.
 
         Raises:
-            ValueError: `seconds` or `target_length` is too small, or the compression is unknown.
+            ValueError: `seconds`, `target_length` or the ratio is too small, or the compression is unknown.
         """
         if not WINDOWS.frame_seconds <= seconds < float("inf"):
             raise ValueError(f"seconds must be a number of at least one 40 ms frame, got {seconds:g}.")
@@ -90,17 +97,29 @@ class ModelCost:
         frames = int(WINDOWS.own(mel_frames)[1].sum())
         target_length = self.sizes.target_length if target_length is None else target_length
         compression = self.sizes.compression if compression is None else compression
-        ctc_decoder, fusion = self.fusion(frames, target_length, compression)
-        tokens = frames if compression == "none" else min(frames, target_length)
+        read = frames if compression == "none" else min(frames, target_length)
+        if compression == "summary":
+            read = int(WINDOWS.share(frames, target_length))
+        ctc_decoder, fusion = self.fusion(
+            frames, read, "iterative_fusion" if compression == "summary" else compression
+        )
+        if compression == "summary":
+            ratio = self.sizes.compression_ratio if compression_ratio is None else compression_ratio
+            tokens = count_summaries(read, self.sizes.summary_interval or INTERVAL, ratio)
+            prefill = self.by_intervals(read, ratio, text_tokens)
+        else:
+            tokens, prefill = read, self.language_model(read + text_tokens)
         flops = {
             "encoder": self.encoder(mel_frames),
             "ctc decoder": ctc_decoder,
             "fusion": fusion,
-            "projector": self.projector(tokens),
-            "prefill": self.language_model(tokens + text_tokens) + self.logits(1),
+            "projector": self.projector(read),
+            "prefill": prefill + self.logits(1),
             "answer": self.answer(tokens + text_tokens, answer_tokens),
         }
-        return Cost(seconds, len(mel_frames), frames, tokens, flops)
+        cached = tokens + text_tokens + answer_tokens - 1
+        cache_bytes = None if self.sizes.language_model() is None else self._text.cache_bytes(cached)
+        return Cost(seconds, len(mel_frames), frames, tokens, cache_bytes, flops)
 
     def encoder(self, mel_frames: np.ndarray) -> int:
         """Returns the operations of encoding windows of so many mel frames each, in the model's batches."""
@@ -176,6 +195,32 @@ class ModelCost:
     def language_model(self, tokens: int, cached: int = 0) -> int:
         """Returns the operations of the language model for new tokens after cached ones, without logits."""
         return self._text.forward(tokens, cached)
+
+    def by_intervals(self, frames: int, ratio: int, text_tokens: int = TEXT_TOKENS) -> int:
+        """Returns the operations of the language model for a recording that it sums up, and the text around it.
+
+        Args:
+            frames: that it reads.
+            ratio: frames for each summary token.
+            text_tokens: of which `BEFORE` are read before the recording, if there are as many.
+
+        Raises:
+            ValueError: the ratio is below 1, or the language model is none that can sum up.
+        """
+        if self.sizes.language_model() is None:
+            raise ValueError(
+                'compression="summary" can be counted for language models such as qwen2 and llama, got '
+                f"{self.sizes.text_config.get('model_type')!r}; take another compression."
+            )
+        kept = min(BEFORE, text_tokens)
+        operations = self.language_model(kept)
+        for start, stop, _ in summary_intervals(frames, self.sizes.summary_interval or INTERVAL, ratio):
+            summaries = -(-(stop - start) // ratio)
+            operations += self.language_model(stop - start + summaries, kept) + self._text.summary_projections(
+                summaries
+            )
+            kept += summaries
+        return operations + self.language_model(text_tokens - min(BEFORE, text_tokens), kept)
 
     def logits(self, positions: int) -> int:
         """Returns the operations of the logits of the vocabulary at so many positions."""

@@ -79,6 +79,19 @@ class LanguageModelSizes:
             operations += layers * (product(linear, tokens) + 2 * product(tokens, kept + tokens, queries))
         return operations
 
+    def summary_projections(self, tokens: int) -> int:
+        """Returns the operations of the projections that summary tokens have beside those of all tokens."""
+        outputs = self.heads * self.head + 2 * self.key_value_heads * self.head
+        return sum(self.layers.values()) * product(self.width, outputs, tokens)
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Returns the bytes of the keys and values of so many tokens, 2 for each number (bfloat16, float16)."""
+        of_token = 2 * self.key_value_heads * self.head * 2
+        return sum(
+            layers * of_token * (tokens if window is None else min(tokens, window))
+            for window, layers in self.layers.items()
+        )
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -104,6 +117,8 @@ class Sizes:
     target_length: int = 750
     fusion_schedule: str = "halving"
     fusion_ladder: tuple[int, ...] = (400, 200, 100, 50, 25, 12)
+    summary_interval: int = 0
+    compression_ratio: int = 8
     windows_per_batch: int = 8
 
     @classmethod

@@ -371,3 +371,56 @@ def test_the_paper_s_costs_of_clips_are_counted_to_2_percent(data):
     for length, paper in figures.items():
         row = flops.compare(counter, data, seconds, text_tokens, length, paper)
         assert row["reading"] == pytest.approx(paper, rel=0.02)
+
+
+# Summaries
+
+
+def test_a_recording_that_is_summed_up_costs_its_intervals(counted):
+    counter = ModelCost(FastLongSpeechConfig(**tiny_config(ctc_vocab_size=PIECES - 1, summary_interval=48)))
+    cost = counter.recording(40.0, 75, "summary", text_tokens=30, answer_tokens=5, compression_ratio=4)
+    frames = 100  # 75 for each 30 s
+    expected, kept = language_model(20), 20
+    for interval in (48, 48, 4):
+        summaries = interval // 4
+        expected += language_model(interval + summaries, cached=kept) + LAYERS * products(H, H + 2 * KV, summaries)
+        kept += summaries
+    expected += language_model(10, cached=kept) + products(H, VOCABULARY, 1)
+    assert (cost.frames, cost.tokens) == (1000, 25)
+    assert cost.flops["prefill"] == expected
+    assert cost.flops["answer"] == counted.answer(25 + 30, 5)
+    assert (cost.flops["ctc decoder"], cost.flops["fusion"]) == counted.fusion(1000, frames)
+    assert cost.flops["projector"] == counted.projector(frames)
+    assert cost.cache_bytes == (30 + 25 + 4) * LAYERS * 2 * KV * 2
+
+
+def test_summing_up_costs_what_torch_counts():
+    torch.manual_seed(0)
+    config = FastLongSpeechConfig(**tiny_config(ctc_vocab_size=PIECES - 1, summary_interval=48))
+    model = FastLongSpeechForConditionalGeneration(config).eval().model
+    model.set_attn_implementation("eager")
+    embeddings, cache = torch.randn(100, H), DynamicCache(config=config.get_text_config())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.read_tokens(cache, embeddings[:20])
+        model.read_recording(cache, embeddings, 4)
+        model.read_tokens(cache, embeddings[:10])
+    angles = [sum(n.values()) for name, n in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
+    assert ModelCost(config).by_intervals(100, 4, text_tokens=30) == counter.get_total_flops() - sum(angles)
+
+
+def test_an_hour_is_kept_in_an_eighth_of_the_cache():
+    counter = ModelCost(QWEN2_AUDIO_7B)
+    whole = counter.recording(3600, compression="none")
+    summed = counter.recording(3600, compression="summary", compression_ratio=8)
+    interval = ModelCost(QWEN2_AUDIO_7B)._text.cache_bytes(720)
+    assert summed.tokens == 90_000 // 8
+    assert summed.cache_bytes <= whole.cache_bytes / 8 + interval
+    assert whole.cache_bytes == (90_000 + 40) * 512 * 1024  # 512 KiB a token
+
+
+def test_summing_up_is_counted_for_models_that_can():
+    text = {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 4}
+    counter = ModelCost(tiny_config(ctc_vocab_size=PIECES - 1) | {"text_config": text})
+    with pytest.raises(ValueError, match='compression="summary" can be counted for language models such as qwen2'):
+        counter.recording(40.0, compression="summary")
+    assert counter.recording(40.0).cache_bytes is None
