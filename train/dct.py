@@ -28,12 +28,18 @@ from .stage import DTYPES, StageArguments, StageTrainer, export, open_cache, ope
 
 
 @dataclass
-class DCTArguments(StageArguments):
-    """Arguments of stage 2."""
+class LoRAArguments(StageArguments):
+    """Arguments of stages that train adapters on the language model."""
 
     lora_r: int = field(default=128, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=256, metadata={"help": "The adapters' output is scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapters' input."})
+
+
+@dataclass
+class DCTArguments(LoRAArguments):
+    """Arguments of stage 2."""
+
     target_lengths: list[int] | None = field(
         default=None,
         metadata={"help": "Lengths L to draw from; config.target_lengths if not given."},
@@ -47,14 +53,20 @@ class DCTArguments(StageArguments):
     )
 
 
-def add_lora(model: HostForConditionalGeneration, settings: DCTArguments) -> PeftModel:
-    """Returns the model with adapters on q, k, v, o of every layer of its language model; all else is frozen."""
+def add_lora(
+    model: HostForConditionalGeneration, settings: LoRAArguments, modules_to_save: Sequence[str] = ()
+) -> PeftModel:
+    """Returns the model with adapters on q, k, v, o of every layer of its language model; all else is frozen.
+
+    Modules with the names in `modules_to_save` train as a whole, and are saved with the adapters.
+    """
     lora = LoraConfig(
         task_type="CAUSAL_LM",  # without it an adapter folder can't be loaded by AutoPeftModel
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=model.lora_targets,
+        modules_to_save=list(modules_to_save) or None,
     )
     return get_peft_model(cast(PreTrainedModel, model), lora)
 
