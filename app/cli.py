@@ -18,6 +18,7 @@ from .defaults import MAX_NEW_TOKENS, QWEN2_AUDIO
 # Commands whose module has a `main(argv)`: the module, the extra of this package that it needs, a line of help.
 MODULES = {
     "convert": ("fastlongspeech.hub.convert", "train", "bring the weights of others into a complete folder of ours"),
+    "prepare": ("fastlongspeech.data.prepare", "train", "make a manifest of a published dataset"),
     "evaluate": ("fastlongspeech.evaluation.run", "eval", "score a model on a benchmark"),
     "assemble": ("fastlongspeech.app.assemble", "gguf", "make an untrained model of a Whisper and a language model"),
 }

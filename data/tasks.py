@@ -215,11 +215,11 @@ def _faults(row: dict[str, Any]) -> list[str]:
     return []
 
 
-def _find(root: Path, name: Any, folder: str = "") -> Any:
+def find_recording(root: Path, name: Any, folder: str = "") -> Any:
     """Returns the path of a recording that a benchmark names, on a machine where its folders differ.
 
     The name under `root` (in `folder`), the name alone, or the name under `root` without its first folders; with
-    .flac for .wav as well. Where there is none, the first of these.
+    .flac or .wav for its ending as well. Where there is none, the first of these.
     """
     if not isinstance(name, str) or not name:
         return name
@@ -227,7 +227,7 @@ def _find(root: Path, name: Any, folder: str = "") -> Any:
     places = [root / folder / name, Path(name)]
     places += [root.joinpath(*parts[first:]) for first in range(1, len(parts))]
     for place in places:
-        for path in (place, place.with_suffix(".flac")):
+        for path in (place, place.with_suffix(".flac"), place.with_suffix(".wav")):
             if path.is_file():
                 return str(path)
     return str(places[0])
@@ -239,7 +239,7 @@ def _place(row: dict[str, Any]) -> dict[str, Any]:
 
 def _question(row: dict[str, Any], root: Path) -> dict[str, Any]:
     return _place(row) | {
-        "audio": _find(root, row.get("audio", row.get("path"))),
+        "audio": find_recording(root, row.get("audio", row.get("path"))),
         "question": row.get("question"),
         "answers": row.get("answers", row.get("answer")),
         "choices": [],
@@ -251,13 +251,13 @@ def _choice(row: dict[str, Any], root: Path) -> dict[str, Any]:
 
 
 def _transcription(row: dict[str, Any], root: Path) -> dict[str, Any]:
-    audio = _find(root, row.get("audio"))
+    audio = find_recording(root, row.get("audio"))
     return _place(row) | {"audio": audio, "question": TRANSCRIBE, "answers": row.get("text"), "choices": []}
 
 
 def _meld(row: dict[str, Any], root: Path) -> dict[str, Any]:
     return {
-        "audio": _find(root, f"dia{row.get('Dialogue_ID')}_utt{row.get('Utterance_ID')}.wav"),
+        "audio": find_recording(root, f"dia{row.get('Dialogue_ID')}_utt{row.get('Utterance_ID')}.wav"),
         "question": EMOTION_QUESTION,
         "answers": str(row.get("Emotion")).capitalize(),
         "choices": EMOTIONS,
@@ -266,7 +266,7 @@ def _meld(row: dict[str, Any], root: Path) -> dict[str, Any]:
 
 def _air_bench(row: dict[str, Any], root: Path) -> dict[str, Any]:
     return {
-        "audio": _find(root, row.get("path"), f"{row.get('task_name')}_{row.get('dataset_name')}"),
+        "audio": find_recording(root, row.get("path"), f"{row.get('task_name')}_{row.get('dataset_name')}"),
         "question": row.get("question"),
         "answers": row.get("answer_gt"),
         "choices": [],
@@ -275,7 +275,7 @@ def _air_bench(row: dict[str, Any], root: Path) -> dict[str, Any]:
 
 def _librisqa(row: dict[str, Any], root: Path) -> dict[str, Any]:
     return {
-        "audio": _find(root, row.get("speech_path")),
+        "audio": find_recording(root, row.get("speech_path")),
         "question": row.get("question", row.get("question_and_option")),
         "answers": row.get("answer"),
         "choices": list("ABCD") if "question_and_option" in row else [],
@@ -284,7 +284,7 @@ def _librisqa(row: dict[str, Any], root: Path) -> dict[str, Any]:
 
 def _openasqa(row: dict[str, Any], root: Path) -> dict[str, Any]:
     return {
-        "audio": _find(root, row.get("audio_id")),
+        "audio": find_recording(root, row.get("audio_id")),
         "question": row.get("instruction"),
         "answers": row.get("output"),
         "choices": [],
