@@ -1,7 +1,7 @@
 """The `fastlongspeech` command: ask about recordings, transcribe one, say what that costs, or score a model.
 
     fastlongspeech ask interview.mp3 "Where does Anna live?"
-    fastlongspeech transcribe interview.mp3 --ctc
+    fastlongspeech transcribe interview.mp3 --format srt --output interview.srt
     fastlongspeech cost interview.mp3 --target-length 200
     fastlongspeech evaluate --task qa --data questions.jsonl --model MODEL --output FOLDER
 
@@ -12,8 +12,9 @@ import argparse
 import sys
 from importlib import import_module
 
-from .commands import disable_loading_bar, print_answer, print_cost, print_transcript
+from .commands import disable_loading_bar, print_answer, print_cost
 from .defaults import MAX_NEW_TOKENS, QWEN2_AUDIO
+from .transcribe import FORMATS, TIMES, print_transcript
 
 # Commands whose module has a `main(argv)`: the module, the extra of this package that it needs, a line of help.
 MODULES = {
@@ -80,6 +81,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     transcribe_parser = commands.add_parser("transcribe", parents=[shared], help="write down what is said")
     transcribe_parser.add_argument("recording", metavar="RECORDING", help="audio file or URL")
     transcribe_parser.add_argument("--ctc", action="store_true", help="by the CTC decoder, not the language model")
+    transcribe_parser.add_argument("--format", choices=FORMATS, help="default: txt")
+    transcribe_parser.add_argument("--times", choices=TIMES, help="what has times (default: segments)")
+    transcribe_parser.add_argument(
+        "--output", metavar="FILE", help="file to write; a run that was stopped goes on where it was"
+    )
     transcribe_parser.set_defaults(run=print_transcript)
     cost_parser = commands.add_parser(
         "cost",
@@ -101,6 +107,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         cost_parser.error("give either recordings or --seconds.")
     if getattr(arguments, "ctc", False) and (arguments.target_length, arguments.max_new_tokens) != (None, None):
         transcribe_parser.error("--ctc reads every frame: --target-length and --max-new-tokens have no meaning.")
+    if arguments.run is print_transcript:
+        if arguments.json and arguments.format not in (None, "json"):
+            transcribe_parser.error(f"--json and --format {arguments.format} exclude each other.")
+        if arguments.times and not arguments.json and arguments.format in (None, "txt"):
+            transcribe_parser.error("--times has no meaning in plain text; pass --format json, srt or vtt.")
     return arguments
 
 

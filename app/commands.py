@@ -1,4 +1,4 @@
-"""The commands `ask`, `transcribe` and `cost`: what they print. Torch is loaded where a model is."""
+"""The commands `ask` and `cost`: what they print. Torch is loaded where a model is."""
 
 import argparse
 import json
@@ -23,38 +23,6 @@ def print_answer(arguments: argparse.Namespace) -> None:
     report_seconds(session)
     if arguments.json:
         print_json(session, {"answer": answer.text, "question": arguments.question, "recordings": facts})
-
-
-def print_transcript(arguments: argparse.Namespace) -> None:
-    """Prints the transcript of a recording, one line per 30 s window or one by the CTC decoder."""
-    session = open_session(arguments)
-    heard = session.listen(arguments.recording)
-    if arguments.ctc:
-        facts = describe(heard, None)
-        result: dict[str, Any] = {"text": session.transcribe_by_ctc(heard)[0], "recordings": facts}
-        if not arguments.json:
-            print(result["text"])
-    else:
-        from tqdm import tqdm
-
-        windows = heard.windows()
-        tokens = sum(session.tokens(window, arguments.target_length)[0] for window in windows)
-        facts = describe(heard, [tokens])
-        written = []
-        segments = session.transcribe(heard, arguments.target_length)
-        options: dict[str, Any] = {"desc": "transcribing", "unit": "window", "delay": 1, "leave": False}
-        with tqdm(segments, total=len(windows), disable=None, **options) as bar:
-            for segment in bar:
-                if not arguments.json:
-                    bar.write(segment.text, file=sys.stdout)
-                if not segment.ended:
-                    report_stopped(session)
-                written.append(segment)
-        lines = [{"start": segment.start, "end": segment.end, "text": segment.text} for segment in written]
-        result = {"text": " ".join(segment.text for segment in written), "windows": lines, "recordings": facts}
-    report_seconds(session)
-    if arguments.json:
-        print_json(session, result)
 
 
 def print_cost(arguments: argparse.Namespace) -> None:
@@ -89,8 +57,8 @@ def print_cost(arguments: argparse.Namespace) -> None:
         )
 
 
-def open_session(arguments: argparse.Namespace) -> "Session":
-    """Returns the session that the arguments of a command ask for."""
+def open_session(arguments: argparse.Namespace, progress: bool = True) -> "Session":
+    """Returns the session that the arguments of a command ask for; `progress`: whether listening has a bar."""
     from .session import Session
 
     disable_loading_bar()
@@ -100,7 +68,7 @@ def open_session(arguments: argparse.Namespace) -> "Session":
         device=arguments.device,
         dtype=arguments.dtype,
         max_new_tokens=longest,
-        progress=True,
+        progress=progress,
     )
 
 

@@ -12,17 +12,17 @@ The encoder works in `listen` alone.
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import TextStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from ..audio_fastlongspeech import list_recordings, load_recording
 from ..fusion_fastlongspeech import check_target_length
-from ..prompts_fastlongspeech import TRANSCRIBE
 from ..recordings_fastlongspeech import EncodedRecordings
 from .defaults import MAX_NEW_TOKENS, find_model
 from .loading import load_model
@@ -39,18 +39,8 @@ class Recording(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """An answer's ``text``, and whether it ``ended`` by itself before the limit of tokens."""
+    """An answer's ``text``, and whether it ``ended`` by itself, before the limit of tokens."""
 
-    text: str
-    ended: bool
-
-
-class Segment(NamedTuple):
-    """What is said between two times of a recording, ``start`` and ``end`` in seconds, and whether its ``text``
-    ``ended`` by itself before the limit of tokens."""
-
-    start: float
-    end: float
     text: str
     ended: bool
 
@@ -66,17 +56,6 @@ class Heard:
 
     recordings: tuple[Recording, ...]
     encoded: EncodedRecordings
-
-    def windows(self) -> "list[Heard]":
-        """Returns each window as a recording of its own; a last one that is too short for a frame is left out."""
-        length = 30.0  # as long as the encoders' windows that are longest
-        windows = []
-        for number, whole in enumerate(self.recordings):
-            pieces = self.encoded[number].pieces(length)
-            for piece in (pieces[window] for window in range(len(pieces))):
-                seconds = min(length, whole.seconds - float(piece.starts[0]))
-                windows.append(Heard((Recording(whole.name, seconds, 1, len(piece.frames)),), piece))
-        return windows
 
 
 class Session:
@@ -126,8 +105,8 @@ class Session:
         """
         sources = list_recordings(recordings)
         rate = self.processor.feature_extractor.sampling_rate
+        samples = [self.read(source) for source in sources]
         with self._timed("reading"):
-            samples = [load_recording(source, target_rate=rate) for source in sources]
             inputs = self.processor(audio=samples, sampling_rate=rate).to(self.model.device)
         windows = inputs["windows_per_audio"].tolist()
         with self._timed("listening"), self._bar(sum(windows)):
@@ -136,6 +115,18 @@ class Session:
         seconds = [len(array) / rate for array in samples]
         known = zip(names, seconds, windows, encoded.lengths.tolist(), strict=True)
         return Heard(tuple(Recording(*facts) for facts in known), encoded)
+
+    def read(self, recording: Any) -> np.ndarray:
+        """Returns a recording's samples, float32, at the rate that the model hears (16 kHz).
+
+        Args:
+            recording: what `load_recording` takes: a path, URL, bytes, array.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: as `load_recording`.
+        """
+        with self._timed("reading"):
+            return load_recording(recording, target_rate=self.processor.feature_extractor.sampling_rate)
 
     def tokens(self, heard: Heard, target_length: int | None = None) -> list[int]:
         """Returns how many tokens the language model reads of each recording when it is asked about them together.
@@ -156,6 +147,8 @@ class Session:
         question: str,
         target_length: int | None = None,
         say: Callable[[str], None] | None = None,
+        compression: str | None = None,
+        stopping: Sequence[StoppingCriteria] = (),
     ) -> Answer:
         """Returns the model's greedy answer to a question about recordings; the encoder has no part in it.
 
@@ -164,10 +157,13 @@ class Session:
             question: in words.
             target_length: L, frames to fuse each recording to; None: configured.
             say: gets the answer piece by piece, as it comes.
+            compression: as in `generate`; None: configured.
+            stopping: what may end an answer early, besides the limit of tokens.
 
         Raises:
             ValueError: `target_length` is not a positive integer.
         """
+        compression = compression or self.model.config.compression
         audio = [{"type": "audio"}] * len(heard.recordings)
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": [*audio, {"type": "text", "text": question}]}],
@@ -176,28 +172,17 @@ class Session:
             return_dict=True,
             recordings=heard.encoded,
             target_length=target_length,
-            compression=self.model.config.compression,
+            compression=compression,
         ).to(self.model.device)
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        options |= {"compression": compression, "stopping_criteria": StoppingCriteriaList(stopping)}
         streamer = None if say is None else Streamer(self.processor.tokenizer, say)
         with self._timed("answering"):
             ids = self.model.generate(**inputs, recordings=heard.encoded, streamer=streamer, **options)
         ids = ids[0, inputs["input_ids"].shape[1] :]
         ends = self.model.generation_config.eos_token_id
-        ended = len(ids) < self.max_new_tokens or (ends is not None and ids[-1] in torch.tensor(ends).to(ids))
+        ended = ends is not None and bool(ids[-1] in torch.tensor(ends).to(ids))
         return Answer(self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip(), ended)
-
-    def transcribe(self, heard: Heard, target_length: int | None = None) -> Iterator[Segment]:
-        """Yields what the language model writes down of recordings, window by window, as it comes.
-
-        Args:
-            heard: what `listen` returned.
-            target_length: L, frames to fuse each window to; None: configured.
-        """
-        for window in heard.windows():
-            start = float(window.encoded.starts[0])
-            answer = self.ask(window, TRANSCRIBE, target_length)
-            yield Segment(start, start + window.recordings[0].seconds, *answer)
 
     def transcribe_by_ctc(self, heard: Heard) -> list[str]:
         """Returns what the CTC decoder hears in each recording, all of it at once; there is no language model in it.
@@ -242,4 +227,4 @@ class Streamer(TextStreamer):
         self.say(text + "\n" if stream_end else text)
 
 
-__all__ = ["Answer", "Heard", "Recording", "Segment", "Session"]
+__all__ = ["Answer", "Heard", "Recording", "Session"]

@@ -65,7 +65,7 @@ def lay_along(text: str, heard: list[Word], start: float, end: float) -> tuple[l
         start, end: seconds between which all of it lies.
     """
     texts = text.split()
-    pairs = _pair([_plain(word) for word in texts], [_plain(word.text) for word in heard])
+    pairs = _pair([plain(word) for word in texts], [plain(word.text) for word in heard])
     times: list[tuple[float, float] | None] = [None] * len(texts)
     matched = [False] * len(heard)
     for here, there in pairs:
@@ -91,15 +91,15 @@ def _pair(texts: list[str], heard: list[str]) -> list[tuple[int, int]]:
     for row, text in enumerate(texts, 1):
         line = [row * GAP]
         for column, word in enumerate(heard, 1):
-            pair = costs[-1][column - 1] + _unlike(text, word)
+            pair = costs[-1][column - 1] + unlike(text, word)
             line.append(min(pair, costs[-1][column] + GAP, line[-1] + GAP))
         costs.append(line)
     pairs, row, column = [], len(texts), len(heard)
     while row and column:
         cost = costs[row][column]
-        if cost == costs[row - 1][column - 1] + _unlike(texts[row - 1], heard[column - 1]):
+        if cost == costs[row - 1][column - 1] + unlike(texts[row - 1], heard[column - 1]):
             row, column = row - 1, column - 1
-            if _unlike(texts[row], heard[column]) <= 1 - ALIKE:
+            if unlike(texts[row], heard[column]) <= 1 - ALIKE:
                 pairs.append((row, column))
         elif cost == costs[row - 1][column] + GAP:
             row -= 1
@@ -109,7 +109,7 @@ def _pair(texts: list[str], heard: list[str]) -> list[tuple[int, int]]:
 
 
 @lru_cache(maxsize=100_000)
-def _unlike(text: str, word: str) -> float:
+def unlike(text: str, word: str) -> float:
     """Returns the share of letters in which two words differ, 0 to 1; more where they can't be the same word."""
     if text == word:
         return 0.0
@@ -119,7 +119,8 @@ def _unlike(text: str, word: str) -> float:
     return 1 - matcher.ratio()
 
 
-def _plain(word: str) -> str:
+def plain(word: str) -> str:
+    """Returns a word's letters and digits in lower case, as words are compared."""
     return "".join(letter for letter in word.lower() if letter.isalnum())
 
 
@@ -129,4 +130,4 @@ def _starts_word(processor: "FastLongSpeechProcessor", piece: int) -> bool:
     return processor.tokenizer.convert_ids_to_tokens(piece).startswith(WORD_STARTS)
 
 
-__all__ = ["Word", "ctc_words", "lay_along"]
+__all__ = ["Word", "ctc_words", "lay_along", "plain", "unlike"]

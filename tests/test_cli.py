@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor, load_recording
+from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
 from fastlongspeech.app import cli, defaults
 
 QUESTION = "Where does Anna live?"
@@ -69,27 +69,6 @@ def test_ask_as_json(checkpoint, recordings, capsys):
         "question": QUESTION,
         "recordings": [{"path": recordings[0], "seconds": 31.0, "windows": 2, "frames": 775, "tokens": 750}],
     }
-
-
-def test_transcribe_asks_about_every_window(checkpoint, recordings, capsys):
-    command = ["transcribe", recordings[0], "--model", checkpoint, "--max-new-tokens", 8, "--device", "cpu"]
-    assert run(*command, "--json") == 0
-    result = json.loads(capsys.readouterr().out)
-    assert [(window["start"], window["end"]) for window in result["windows"]] == [(0, 30), (30, 31)]
-    assert result["text"] == " ".join(window["text"] for window in result["windows"])
-    assert result["recordings"][0]["tokens"] == 775
-    assert run(*command, "--dtype", "float32") == 0
-    assert capsys.readouterr().out == "".join(window["text"] + "\n" for window in result["windows"])
-
-
-def test_transcribe_by_the_ctc_decoder(checkpoint, recordings, capsys):
-    assert run("transcribe", recordings[0], "--ctc", "--model", checkpoint) == 0
-    processor = FastLongSpeechProcessor.from_pretrained(checkpoint)
-    model = FastLongSpeechForConditionalGeneration.from_pretrained(checkpoint)
-    inputs = processor(audio=load_recording(recordings[0]), sampling_rate=16000)
-    out, err = capsys.readouterr()
-    assert out == processor.ctc_decode(model.ctc_transcribe(**inputs))[0] + "\n"
-    assert "31.0 s, 2 windows, 775 frames\n" in err
 
 
 def test_cost_needs_no_weights(checkpoint, recordings, capsys, tmp_path):
@@ -167,12 +146,6 @@ def test_errors_are_one_sentence(checkpoint, capsys):
     assert capsys.readouterr() == ("", "fastlongspeech: audio file not found: missing.wav\n")
     assert run("ask", "missing.wav", QUESTION, "--model", checkpoint, "--device", "abacus") == 1
     assert "fastlongspeech: --device abacus cannot be used here" in capsys.readouterr().err
-
-
-def test_options_without_meaning_are_refused(capsys):
-    with pytest.raises(SystemExit):
-        run("transcribe", "a.wav", "--ctc", "--target-length", 5)
-    assert "--ctc reads every frame" in capsys.readouterr().err
 
 
 LIGHT = """

@@ -11,7 +11,6 @@ from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeec
 from fastlongspeech.app.session import Recording, Session
 
 QUESTIONS = ("Where does Anna live?", "And Helen?")
-TRANSCRIBE = "Transcribe the speech to text without explanation:"
 
 
 @pytest.fixture(scope="module")
@@ -68,20 +67,6 @@ def test_an_answer_is_said_as_it_comes(session, samples):
     text, ended = session.ask(heard, QUESTIONS[0], say=pieces.append)
     assert "".join(pieces).strip() == text
     assert not ended
-
-
-def test_transcripts_come_window_by_window(session, samples):
-    heard = session.listen([{"array": array, "sampling_rate": RATE} for array in samples])
-    segments = list(session.transcribe(heard))
-    assert [(segment.start, segment.end) for segment in segments] == [(0, 30), (30, 31), (0, 2)]
-    windows = [samples[0][: 30 * RATE], samples[0][30 * RATE :], samples[1]]
-    assert [segment.text for segment in segments] == [answer(session, [window], TRANSCRIBE) for window in windows]
-
-
-def test_a_rest_shorter_than_a_frame_is_not_transcribed(session):
-    heard = session.listen([{"array": speech(30.02), "sampling_rate": RATE}])
-    assert heard.recordings[0].windows == 2
-    assert [(segment.start, segment.end) for segment in session.transcribe(heard)] == [(0, 30)]
 
 
 def test_the_ctc_decoder_reads_what_was_heard(session, samples):
