@@ -20,6 +20,7 @@ from .transcribe import FORMATS, TIMES, print_transcript
 MODULES = {
     "convert": ("fastlongspeech.hub.convert", "train", "bring the weights of others into a complete folder of ours"),
     "prepare": ("fastlongspeech.data.prepare", "train", "make a manifest of a published dataset"),
+    "check-data": ("fastlongspeech.data.check", "train", "find what is wrong with a manifest before training does"),
     "evaluate": ("fastlongspeech.evaluation.run", "eval", "score a model on a benchmark"),
     "assemble": ("fastlongspeech.app.assemble", "gguf", "make an untrained model of a Whisper and a language model"),
 }

@@ -22,6 +22,7 @@ is left out silently.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,9 +32,11 @@ from torch.utils.data import Dataset
 from ..windows_fastlongspeech import WINDOWS
 from .audio import TarMember
 from .headers import read_dataset_durations, read_durations
+from .tars import find_tars, tar_rows
 
 FAULTS_SHOWN = 10
 PLACE = ("start", "end")  # of a part, in seconds
+CUT = re.compile(r"is cut off(?!, damaged or of no format)|changed or cut")
 TOLERANCE = 0.1  # seconds that a row's duration may differ from its recording's: codecs add delays
 
 
@@ -124,8 +127,12 @@ def examine_source(source: str | Path, columns: Sequence[str]) -> Examined:
     path, _, split = str(source).partition("#")
     if Path(path).is_dir():
         return examine(_folder_rows(path, split, columns), str(source), columns, label="row", first=0)
+    tars = find_tars(path)
+    if tars:
+        rows, names = tar_rows(tars)
+        return examine(rows, str(source), columns, label="row", first=0, names=names)
     if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no manifest or datasets folder at {path!r}; check the path.")
+        raise FileNotFoundError(f"There is no manifest, tar file or datasets folder at {path!r}; check the path.")
     return examine(manifest_rows(Path(path)), str(source), columns, label="line", first=1)
 
 
@@ -207,7 +214,9 @@ def _usable(found: Examined, source: str, columns: Sequence[str]) -> SpeechRows:
     return SpeechRows(found.rows, columns, found.durations, found.places)
 
 
-def examine(rows: Any, source: str, columns: Sequence[str], label: str, first: int) -> Examined:
+def examine(
+    rows: Any, source: str, columns: Sequence[str], label: str, first: int, names: Sequence[str] | None = None
+) -> Examined:
     """Returns the usable rows and the faults of the others.
 
     Args:
@@ -216,20 +225,23 @@ def examine(rows: Any, source: str, columns: Sequence[str], label: str, first: i
         columns: what every row must have, `"audio"` first; the others are text.
         label: what a row is called in the error, `"line"` or `"row"`.
         first: number of the first row in the error.
+        names: what rows are called instead of `label` and a number.
     """
     if not isinstance(rows, list):
         return _examine_dataset(rows, source, columns, label, first)
-    kept, places, faults = [], [], []
-    for number, raw in enumerate(rows, first):
+    names = names or [f"{label} {number}" for number in range(first, first + len(rows))]
+    kept, places, faults, numbers = [], [], [], []
+    for number, (name, raw) in enumerate(zip(names, rows, strict=True)):
         if raw is None:
             continue
-        fault = _text_fault(raw, columns)
+        fault = text_fault(raw, columns)
         if fault:
-            faults.append(Fault(f"{label} {number}", "text", fault))
+            faults.append((number, Fault(name, "text", fault)))
             continue
         for turn, row in enumerate(_answers(raw)):
             kept.append(row)
-            places.append(f"{label} {number}" + (f", answer {turn + 1}" if turn else ""))
+            places.append(name + (f", answer {turn + 1}" if turn else ""))
+            numbers.append(number)
     parts = [recordings_of(row) for row in kept]
     seconds = iter(read_durations([part["audio"] for of_row in parts for part in of_row], source))
     checked = [[_part_seconds(part, next(seconds)) for part in of_row] for of_row in parts]
@@ -239,21 +251,20 @@ def examine(rows: Any, source: str, columns: Sequence[str], label: str, first: i
         if fault is None:
             good.append(number)
         else:
-            faults.append(Fault(places[number], _kind(fault), fault))
+            faults.append((numbers[number], Fault(places[number], fault_kind(fault), fault)))
     durations = [float(sum(checked[number])) for number in good]  # type: ignore[arg-type]  # no fault among them
-    order = {f"{label} {number}": number for number in range(first, first + len(rows))}
-    faults.sort(key=lambda fault: order[fault.place.partition(",")[0]])
-    return Examined([kept[number] for number in good], durations, [places[number] for number in good], faults)
+    in_order = [fault for _, fault in sorted(faults, key=lambda found: found[0])]
+    return Examined([kept[number] for number in good], durations, [places[number] for number in good], in_order)
 
 
 def _examine_dataset(rows: Any, source: str, columns: Sequence[str], label: str, first: int) -> Examined:
     texts = rows.remove_columns("audio") if rows.column_names != ["audio"] else [{}] * len(rows)
     faults, durations, good = [], [], []
     for number, (row, whole) in enumerate(zip(texts, read_dataset_durations(rows, source), strict=True)):
-        fault = _text_fault({"audio": "", **row}, columns)
+        fault = text_fault({"audio": "", **row}, columns)
         seconds = fault or _part_seconds(row, whole)
         if isinstance(seconds, str):
-            faults.append(Fault(f"{label} {number + first}", "text" if fault else _kind(seconds), seconds))
+            faults.append(Fault(f"{label} {number + first}", "text" if fault else fault_kind(seconds), seconds))
         else:
             durations.append(seconds)
             good.append(number)
@@ -292,7 +303,7 @@ def _answers(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {"messages": row["messages"][:number], "answer": answer}
 
 
-def _text_fault(row: Any, columns: Sequence[str]) -> str | None:
+def text_fault(row: Any, columns: Sequence[str]) -> str | None:
     """Returns what is wrong with all of a row but its recordings, and how to mend it, or None."""
     if isinstance(row, ValueError):
         return str(row)
@@ -364,7 +375,9 @@ def _part_seconds(part: Mapping[str, Any], whole: float | str) -> float | str:
     return seconds
 
 
-def _kind(fault: str) -> str:
-    """Returns which of the faults of recordings it is, by its words."""
-    marks = {"missing": "does not exist", "cut": "cut", "unreadable": "can't be"}
-    return next((kind for kind, mark in marks.items() if mark in fault), "place")
+def fault_kind(fault: str) -> str:
+    """Returns which of the faults of recordings it is, by its words: missing, cut, unreadable, or place."""
+    if CUT.search(fault):
+        return "cut"
+    marks = {"missing": ("does not exist", "not found"), "unreadable": ("can't be", "cannot be")}
+    return next((kind for kind, words in marks.items() if any(word in fault for word in words)), "place")

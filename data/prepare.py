@@ -88,7 +88,7 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = {
         key: str(value)
         for key, value in vars(arguments).items()
-        if key in ("source", "audio_root", "hours", "max_seconds", "seed")
+        if key in ("source", "audio_root", "hours", "max_seconds", "seed") and value is not None
     }
     done = _open_journal(journal, settings)
     request = Request(

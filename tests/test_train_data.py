@@ -69,7 +69,7 @@ def test_every_bad_row_is_named_with_its_line_and_remedy(data, tmp_path):
         assert re.fullmatch(f"  line {number} .*{fault}.*", line)
     with pytest.raises(ValueError, match="has no rows"):
         load_rows(write_rows(tmp_path / "empty.jsonl", [""]), ("audio", "text"))
-    with pytest.raises(FileNotFoundError, match="no manifest or datasets folder"):
+    with pytest.raises(FileNotFoundError, match="no manifest, tar file or datasets folder"):
         load_rows(tmp_path / "nothing.jsonl", ("audio", "text"))
 
 
