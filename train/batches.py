@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 
 from ..data.audio import open_part
 from ..data.manifests import recordings_of
+from ..data.mixing import Mixture
 from .cache import FeatureCache
 
 
@@ -30,6 +31,7 @@ class StepSampler(Sampler):
         global_step: returns the number of optimiser steps taken so far; tells which epoch begins.
         strategy: `"random"`, `"sequential"`, or `"group_by_length"`: rows of like duration share a step.
         drop_last: leave out the last, incomplete step of an epoch.
+        mixture: which rows an epoch has, of several sources; None: every row once.
     """
 
     MEGABATCH = 50  # steps sorted by duration together, as in transformers' LengthGroupedSampler
@@ -42,6 +44,7 @@ class StepSampler(Sampler):
         global_step: Callable[[], int],
         strategy: str = "random",
         drop_last: bool = False,
+        mixture: Mixture | None = None,
     ):
         if strategy not in ("random", "sequential", "group_by_length"):
             raise ValueError(
@@ -52,7 +55,7 @@ class StepSampler(Sampler):
                 f"dataloader_drop_last drops all {len(durations)} rows of a step of {samples_per_step}; switch it off."
             )
         self.durations, self.samples_per_step, self.seed = durations, samples_per_step, seed
-        self.global_step, self.strategy = global_step, strategy
+        self.global_step, self.strategy, self.mixture = global_step, strategy, mixture
         steps = len(durations) / samples_per_step
         self.steps_per_epoch = math.floor(steps) if drop_last else math.ceil(steps)
 
@@ -67,7 +70,7 @@ class StepSampler(Sampler):
 
     def steps_of(self, epoch: int) -> list[list[int]]:
         """Returns the row numbers of every step of an epoch."""
-        rows = np.arange(len(self.durations))
+        rows = np.arange(len(self.durations)) if self.mixture is None else self.mixture.rows_of(self.seed, epoch)
         random = np.random.default_rng((self.seed, epoch))
         if self.strategy != "sequential":
             random.shuffle(rows)

@@ -28,7 +28,10 @@ from safetensors.torch import save_file
 from transformers import set_seed
 
 from ..app.hosts import find_host
-from ..data.manifests import SpeechRows, load_rows, refuse
+from ..data.check import label_faults
+from ..data.manifests import SpeechRows, refuse
+from ..data.mixing import MixedRows, load_training_rows
+from ..data.streams import StreamRows
 from ..host_fastlongspeech import HostForConditionalGeneration
 from ..processor_fastlongspeech import SpeechProcessor
 from .batches import CTCCollator
@@ -88,10 +91,8 @@ def build_vocabulary(texts: Sequence[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def check_lengths(rows: SpeechRows, source: str, processor: SpeechProcessor) -> None:
+def check_lengths(rows: SpeechRows | MixedRows, source: str, processor: SpeechProcessor) -> None:
     """Refuses rows whose transcript is too long for CTC.
-
-    CTC needs one frame for each piece, and one more between equal pieces.
 
     Raises:
         ValueError: naming every such row.
@@ -99,16 +100,8 @@ def check_lengths(rows: SpeechRows, source: str, processor: SpeechProcessor) -> 
     encode: Callable[[str], list[int]] = partial(processor.tokenizer.encode, add_special_tokens=False)
     if processor.ctc_tokenizer is not None:
         encode = processor.ctc_tokenizer.encode
-    windows, faults = processor.windows, []
-    for place, seconds, text in zip(rows.places, rows.durations, rows.texts("text"), strict=True):
-        pieces = encode(text)
-        needed = len(pieces) + sum(left == right for left, right in zip(pieces, pieces[1:], strict=False))
-        frames = windows.count_frames(windows.mel_frames(int(seconds * windows.sampling_rate))).sum()
-        if needed > frames:
-            faults.append(
-                f"{place} has a transcript that needs {needed} frames, its recording has {frames}; check both"
-            )
-    refuse(source, faults)
+    faults = label_faults(rows.places, rows.durations, rows.texts("text"), encode, processor.windows)
+    refuse(source, [f"{fault.place} {fault.text}" for fault in faults])
 
 
 class CTCTrainer(StageTrainer):
@@ -155,9 +148,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings, training = parse_settings(CTCArguments, argv)
     output = Path(str(training.output_dir))
     checkpoint = open_run(settings, training)
-    train_rows = load_rows(settings.train_data, ("audio", "text"))
-    eval_rows = load_rows(settings.eval_data, ("audio", "text")) if settings.eval_data else None
+    columns = ("audio", "text")
+    with training.main_process_first(local=False):  # it reads the headers, and the others what it remembers of them
+        train_rows = load_training_rows(settings.train_data, columns)
+        eval_rows = load_training_rows(settings.eval_data, columns) if settings.eval_data else None
 
+    if isinstance(train_rows, StreamRows) and settings.vocab_size and not settings.ctc_model:
+        raise ValueError("a stream's transcripts are not known in advance; name the vocabulary with ctc_model.")
     ctc_model = output / "ctc.model"
     own_tokens = settings.vocab_size == 0 and not settings.ctc_model
     if training.process_index == 0 and not checkpoint:
@@ -173,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         processor.ctc_tokenizer = None
     else:
         processor = host.processor.from_pretrained(settings.model, ctc_model=str(ctc_model))
-    check_lengths(train_rows, settings.train_data, processor)
+    if not isinstance(train_rows, StreamRows):
+        check_lengths(train_rows, settings.train_data, processor)
     if eval_rows:
         check_lengths(eval_rows, str(settings.eval_data), processor)
 
@@ -192,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = CTCTrainer(
         model=model,
         args=training,
+        max_bad_share=settings.max_bad_share,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         data_collator=CTCCollator(processor, cache),

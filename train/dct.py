@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ..app.hosts import find_host
 from ..compression_fastlongspeech import check_compression
-from ..data.manifests import load_rows
+from ..data.mixing import load_training_rows
 from ..host_fastlongspeech import HostForConditionalGeneration
 from .batches import DCTCollator
 from .stage import DTYPES, StageArguments, StageTrainer, export, open_cache, open_run, parse_settings
@@ -81,8 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_compression(settings.compression)
     checkpoint = open_run(settings, training)
     columns = ("audio", "question", "answer")
-    train_rows = load_rows(settings.train_data, columns)
-    eval_rows = load_rows(settings.eval_data, columns) if settings.eval_data else None
+    with training.main_process_first(local=False):  # it reads the headers, and the others what it remembers of them
+        train_rows = load_training_rows(settings.train_data, columns)
+        eval_rows = load_training_rows(settings.eval_data, columns) if settings.eval_data else None
 
     host = find_host(settings.model)
     processor = host.processor.from_pretrained(settings.model)
@@ -102,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = StageTrainer(
         model=adapted,
         args=training,
+        max_bad_share=settings.max_bad_share,
         train_dataset=train_rows,
         eval_dataset={f"L{length}": eval_rows.at(length) for length in lengths} if eval_rows else None,
         data_collator=DCTCollator(processor, config.target_lengths, training.seed, config.compression, cache),

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 import yaml
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     HfArgumentParser,
     IntervalStrategy,
@@ -31,8 +31,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from ..data.streams import PREFIX
 from .batches import StepSampler
 from .cache import MISSING, FeatureCache, FlushFeatures, describe_encoder
+from .skipping import BAD_SAMPLES, ReportBadSamples, SteadyStream, steady
 
 SETTINGS = "settings.yaml"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,8 +45,18 @@ class StageArguments:
     """Arguments of both stages. Relative paths start at the current folder."""
 
     model: str = field(metadata={"help": "Folder or Hub id of the model to start from, ours or a host's own."})
-    train_data: str = field(metadata={"help": "JSON-lines manifest or datasets folder (folder#split)."})
-    eval_data: str | None = field(default=None, metadata={"help": "The same, held out; see eval_strategy."})
+    train_data: str = field(
+        metadata={
+            "help": "Manifest, tar files (speech-*.tar), datasets folder (folder#split), a YAML file of several with "
+            "their weights, or a stream (stream:DATASET#split)."
+        }
+    )
+    eval_data: str | None = field(
+        default=None, metadata={"help": "The same but a stream, held out; see eval_strategy."}
+    )
+    max_bad_share: float = field(
+        default=0.01, metadata={"help": "Part of the samples that may be unreadable before the run is ended."}
+    )
     dtype: str = field(
         default="float32",
         metadata={"help": "Type of the frozen weights and of the saved model. What trains is float32 meanwhile."},
@@ -115,6 +127,10 @@ def _check(settings: StageArguments, training: TrainingArguments) -> None:
         raise ValueError(f"dtype {settings.dtype} needs mixed precision; set bf16 or fp16 to true.")
     if training.n_gpu > 1:  # nn.DataParallel would share out windows and prompts differently
         raise ValueError(f"one process sees {training.n_gpu} GPUs; use accelerate launch, or show it one GPU.")
+    if settings.train_data.startswith(PREFIX) and training.max_steps < 1:
+        raise ValueError(f"train_data {settings.train_data} is a stream, which has no end; set max_steps.")
+    if (settings.eval_data or "").startswith(PREFIX):
+        raise ValueError(f"eval_data {settings.eval_data} is a stream, which has no end; prepare a part of it.")
     if training.save_only_model:
         raise ValueError("save_only_model is true, which leaves nothing to resume from; set it to false.")
     if (settings.eval_data is None) != (training.eval_strategy == "no"):
@@ -213,7 +229,16 @@ class StageTrainer(Trainer):
 
     label = "labels"
 
-    def __init__(self, model: Any, args: TrainingArguments, cache: FeatureCache | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        cache: FeatureCache | None = None,
+        max_bad_share: float = StageArguments.max_bad_share,
+        **kwargs: Any,
+    ):
+        journal = Path(str(args.output_dir)) / BAD_SAMPLES
+        kwargs |= {name: steady(kwargs.get(name), journal, self._start) for name in ("train_dataset", "eval_dataset")}
         args.label_names = [self.label]
         args.remove_unused_columns = False  # the collators need the rows' own columns
         if args.ddp_find_unused_parameters is None:
@@ -225,6 +250,34 @@ class StageTrainer(Trainer):
         self.extractor, self.cache = whole.base_model, cache
         if cache is not None:
             self.add_callback(FlushFeatures(cache))
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.add_callback(ReportBadSamples(journal, max_bad_share, step))
+
+    def _start(self) -> dict[str, int]:
+        """Returns where in a stream this process begins, as `StreamRows.arriving` takes it."""
+        args = self.args
+        return {
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+            "first_step": self.state.global_step,
+            "batch_size": args.train_batch_size,
+            "accumulation": args.gradient_accumulation_steps,
+            "process": args.process_index,
+            "processes": args.world_size,
+        }
+
+    def get_train_dataloader(self) -> Any:
+        if not isinstance(self.train_dataset, SteadyStream):
+            return super().get_train_dataloader()
+        args = self.args
+        args.ignore_data_skip = True  # the stream itself begins at the step that is resumed
+        # Not prepared by accelerate, which would share out batches among processes: they read parts of their own.
+        return DataLoader(
+            self.train_dataset,
+            batch_size=args.train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
         args = self.args
@@ -235,6 +288,7 @@ class StageTrainer(Trainer):
             lambda: self.state.global_step,
             str(args.train_sampling_strategy),
             args.dataloader_drop_last,
+            self.train_dataset.mixture,  # type: ignore[union-attr]
         )
 
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
