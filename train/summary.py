@@ -29,7 +29,8 @@ from torch.utils.data import Dataset
 from transformers import set_seed
 
 from ..app.hosts import find_host
-from ..data.manifests import SpeechRows, load_rows
+from ..data.manifests import SpeechRows
+from ..data.mixing import load_training_rows
 from ..prompts_fastlongspeech import TRANSCRIBE, placeholder_runs
 from ..summary_fastlongspeech import SUMMARY_MODULES
 from .batches import DCTCollator
@@ -114,6 +115,7 @@ class AtRatio(Dataset):
 
     def __init__(self, rows: SpeechRows, ratio: int):
         self.rows, self.ratio = rows, ratio
+        self.durations, self.places = rows.durations, rows.places
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -159,8 +161,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     curriculum = read_curriculum(settings)
     checkpoint = open_run(settings, training)
     columns = PHASES[settings.phase]
-    train_rows = load_rows(settings.train_data, columns)
-    eval_rows = load_rows(settings.eval_data, columns) if settings.eval_data else None
+    with training.main_process_first(local=False):  # it reads the headers, and the others what it remembers of them
+        train_rows = load_training_rows(settings.train_data, columns)
+        eval_rows = load_training_rows(settings.eval_data, columns) if settings.eval_data else None
 
     dtype = DTYPES[settings.dtype]
     host = find_host(settings.model)
@@ -190,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = StageTrainer(
         model=adapted,
         args=training,
+        max_bad_share=settings.max_bad_share,
         train_dataset=train_rows,
         eval_dataset=evaluated,
         data_collator=SummaryCollator(
