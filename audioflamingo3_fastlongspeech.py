@@ -43,6 +43,8 @@ class FastLongSpeechAudioFlamingo3Config(FastLongSpeechSettings, AudioFlamingo3C
     vanilla_types = ("audioflamingo3",)
     model_class = "audioflamingo3_fastlongspeech.FastLongSpeechAudioFlamingo3ForConditionalGeneration"
 
+    tie_word_embeddings: bool | None = False  # as Audio Flamingo 3's head
+
 
 class FastLongSpeechAudioFlamingo3Encoder(WindowEncoder, AudioFlamingo3Encoder):
     """Audio Flamingo 3's encoder up to its last LayerNorm, which reads no more of a window than there is audio."""

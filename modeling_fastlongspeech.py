@@ -54,6 +54,7 @@ class FastLongSpeechForConditionalGeneration(HostForConditionalGeneration, Qwen2
     """Answers questions about recordings of any duration."""
 
     config: FastLongSpeechConfig
+    stock_mask = "feature_attention_mask"
     _tp_plan = Qwen2ForCausalLM._tp_plan  # of the head
 
     def __init__(self, config: FastLongSpeechConfig) -> None:

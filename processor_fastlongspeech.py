@@ -81,11 +81,14 @@ class SpeechProcessor(ProcessorMixin):
         config_class: the host's configuration, which knows the windows.
         tokens: what the tokens above are where neither a call nor the tokenizer says so.
         template: the host's chat template.
+        whole_recordings: whether the feature extractor reads a recording whole, and its features are cut into
+            windows; otherwise it reads each window alone, padded to its whole length.
     """
 
     config_class: type[FastLongSpeechSettings]
     tokens: dict[str, str]
     template: str | None = None
+    whole_recordings = False
 
     def __init__(
         self,
@@ -127,6 +130,11 @@ class SpeechProcessor(ProcessorMixin):
     def windows(self) -> Windows:
         """How the host cuts recordings."""
         return self.config_class.windows
+
+    @property
+    def feature_rows(self) -> int:
+        """Mel bins of the features."""
+        return self.feature_extractor.feature_size
 
     def get_vocab(self) -> dict[str, int]:
         """Returns the tokenizer's vocabulary: servers hand the processor out as the tokenizer of stop strings."""
@@ -236,11 +244,11 @@ class SpeechProcessor(ProcessorMixin):
         device: str | None = None,
     ) -> dict[str, np.ndarray]:
         """Returns the windows of recordings, as in `__call__`, and `num_audio_tokens` `(A,)`, int64."""
-        extractor, geometry = self.feature_extractor, self.windows
+        geometry = self.windows
         samples = [load_recording(recording, sampling_rate, geometry.sampling_rate) for recording in recordings]
         sizes = np.array([len(geometry.cut(len(of_one))) for of_one in samples], dtype=np.int64)
         shape = (int(sizes.sum()), geometry.mel_frames_per_window)
-        features = np.empty((shape[0], extractor.feature_size, shape[1]), dtype=np.float32)
+        features = np.empty((shape[0], self.feature_rows, shape[1]), dtype=np.float32)
         masks = np.empty(shape, dtype=np.int64)
         windows = (window for of_one in samples for window in self.features(of_one, device or "cpu"))
         for index, (window, mask) in enumerate(windows):
@@ -254,15 +262,21 @@ class SpeechProcessor(ProcessorMixin):
         }
 
     def features(self, samples: np.ndarray, device: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields the log-mel features of every window of a recording, `(mels, T)`, and which hold audio, `(T,)`.
-
-        Each is what the feature extractor makes of the window's samples alone, padded to its whole length.
-        """
-        extractor = self.feature_extractor
-        options = {"sampling_rate": extractor.sampling_rate, "return_attention_mask": True, "device": device}
-        for start, stop in self.windows.cut(len(samples)):
-            extracted = extractor(samples[start:stop], return_tensors="np", **options)
-            yield extracted["input_features"][0], extracted["attention_mask"][0]
+        """Yields the log-mel features of every window of a recording, `(mels, T)`, and which hold audio, `(T,)`."""
+        extractor, cuts = self.feature_extractor, self.windows.cut(len(samples))
+        options = {"sampling_rate": extractor.sampling_rate, "return_attention_mask": True, "return_tensors": "np"}
+        if self.whole_recordings:
+            extracted = extractor(samples, padding=True, truncation=False, device=device, **options)
+            mel, mask = extracted["input_features"][0], extracted["attention_mask"][0]
+            length = self.windows.mel_frames_per_window
+            missing = max(0, length * len(cuts) - len(mask))
+            mel, mask = np.pad(mel, ((0, 0), (0, missing))), np.pad(mask, (0, missing))
+            for start in range(0, length * len(cuts), length):
+                yield mel[:, start : start + length], mask[start : start + length]
+        else:
+            for start, stop in cuts:
+                extracted = extractor(samples[start:stop], device=device, **options)
+                yield extracted["input_features"][0], extracted["attention_mask"][0]
 
     def _count_tokens(self, frames: np.ndarray, target_length: Any, compression: str | None) -> np.ndarray:
         """Returns the placeholders of recordings of so many frames `(A,)`, int64."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import validated_field
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from .compression_fastlongspeech import check_compression
 from .windows_fastlongspeech import WINDOWS, Windows
@@ -86,6 +87,13 @@ class FastLongSpeechSettings:
     summary_interval: int = validated_field(_at_least(0), default=0)
     compression_ratio: int = validated_field(_at_least(1), default=8)
     windows_per_batch: int = validated_field(_at_least(1), default=8)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "model_class"):
+            # The server and the pipelines of transformers look classes up in this table of names.
+            name = cls.model_class.rpartition(".")[2]
+            MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(cls.model_type, name)  # type: ignore[attr-defined]
 
     def __post_init__(self: Any, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)  # the host's own, when built from one of its configurations

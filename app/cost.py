@@ -17,6 +17,7 @@ import numpy as np
 
 from ..decoding_fastlongspeech import recording_seconds as file_seconds
 from ..windows_fastlongspeech import WINDOWS, count_summaries, summary_intervals
+from .hosts import QWEN2_AUDIO, host_of
 from .sizes import Sizes, product
 
 # What Qwen2-Audio's chat template writes around a recording (27 tokens) and a question of a dozen words.
@@ -31,7 +32,7 @@ class Cost:
     """What one recording and a question about it cost.
 
     Attributes:
-        seconds, windows, frames: of the recording, 25 frames a second.
+        seconds, windows, frames: of the recording; Qwen2-Audio makes 25 frames a second.
         tokens: of the recording, that the language model keeps: frames that are left, or summary tokens.
         cache_bytes: of the language model's cache after the answer, 2 for each number; None where its layers are not
             known.
@@ -58,11 +59,19 @@ class ModelCost:
     """Counts the work of a model of any size.
 
     Args:
-        config: its `FastLongSpeechConfig`, or what its config.json holds; `QWEN2_AUDIO_7B` is one.
+        config: its configuration, of any host, or what its config.json holds; `QWEN2_AUDIO_7B` is one.
     """
 
     def __init__(self, config: Any) -> None:
-        self.sizes = Sizes.of(config if isinstance(config, Mapping) else config.to_dict())
+        fields = config if isinstance(config, Mapping) else config.to_dict()
+        self._host: Any = None
+        if "model_type" not in fields or host_of(fields) is QWEN2_AUDIO:
+            self.windows, self.sizes = WINDOWS, Sizes.of(fields)
+        else:
+            from .counting import CountedHost  # loads torch
+
+            self._host = CountedHost(fields)
+            self.windows, self.sizes = self._host.config.windows, self._host.sizes
         self._text: Any = self.sizes.language_model()
         if self._text is None:
             from .counting import CountedLanguageModel  # loads torch
@@ -91,15 +100,17 @@ class ModelCost:
         Raises:
             ValueError: `seconds`, `target_length` or the ratio is too small, or the compression is unknown.
         """
-        if not WINDOWS.frame_seconds <= seconds < float("inf"):
-            raise ValueError(f"seconds must be a number of at least one 40 ms frame, got {seconds:g}.")
-        mel_frames = mel_frames_of(seconds)
-        frames = int(WINDOWS.own(mel_frames)[1].sum())
+        windows = self.windows
+        if not windows.frame_seconds <= seconds < float("inf"):
+            frame = f"{1000 * windows.frame_seconds:.0f} ms frame"
+            raise ValueError(f"seconds must be a number of at least one {frame}, got {seconds:g}.")
+        mel_frames = windows.mel_frames(round(seconds * windows.sampling_rate))
+        frames = int(windows.own(mel_frames)[1].sum())
         target_length = self.sizes.target_length if target_length is None else target_length
         compression = self.sizes.compression if compression is None else compression
         read = frames if compression == "none" else min(frames, target_length)
         if compression == "summary":
-            read = int(WINDOWS.share(frames, target_length))
+            read = int(windows.share(frames, target_length))
         ctc_decoder, fusion = self.fusion(
             frames, read, "iterative_fusion" if compression == "summary" else compression
         )
@@ -123,11 +134,13 @@ class ModelCost:
 
     def encoder(self, mel_frames: np.ndarray) -> int:
         """Returns the operations of encoding windows of so many mel frames each, in the model's batches."""
-        batches = WINDOWS.batches(mel_frames, self.sizes.windows_per_batch, on_cpu=False)
+        batches = self.windows.batches(mel_frames, self.sizes.windows_per_batch, on_cpu=False)
         return sum(len(batch) * self.window(int(mel_frames[batch].max())) for batch in batches)
 
     def window(self, mel_frames: int) -> int:
         """Returns the operations of encoding one window with so many mel frames of audio, 3 or more."""
+        if self._host is not None:
+            return self._host.window(mel_frames)
         sizes = self.sizes
         # The last position of audio sees two mel frames more, so the convolutions read these as well.
         columns = min(WINDOWS.mel_frames_per_window, mel_frames + 2)
@@ -177,7 +190,8 @@ class ModelCost:
         pieces = (sizes.ctc_vocab_size or self._text.vocabulary) + 1  # the blank
         if sizes.ctc_projector and not two_matrices:
             return product(sizes.width, pieces, asked), fusion
-        return self.projector(asked) + product(self._text.width, pieces, asked), fusion
+        first = product(sizes.width, self._text.width, asked) if sizes.ctc_projector else self.projector(asked)
+        return first + product(self._text.width, pieces, asked), fusion
 
     def _round(self, frames: int, spans: int) -> int:
         """Returns the operations of a round of fusion beside its densities."""
@@ -190,6 +204,8 @@ class ModelCost:
 
     def projector(self, frames: int) -> int:
         """Returns the operations of bringing frames to the width of the language model."""
+        if self._host is not None:
+            return self._host.projector(frames)
         return product(self.sizes.width, self._text.width, frames)
 
     def language_model(self, tokens: int, cached: int = 0) -> int:

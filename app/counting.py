@@ -3,6 +3,7 @@
 On torch's meta device tensors have shapes and no contents, so that nothing is computed and nothing takes memory.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
@@ -14,6 +15,8 @@ from transformers import AutoConfig, AutoModel, DynamicCache
 
 from ..compression_fastlongspeech import COMPRESSIONS, check_compression
 from ..fusion_fastlongspeech import FusionSettings
+from .hosts import host_of
+from .sizes import Sizes
 
 aten = torch.ops.aten
 
@@ -106,4 +109,42 @@ class CountedLanguageModel:
         self.model(inputs_embeds=torch.empty(1, tokens, self.width, device="meta"), past_key_values=cache)
 
 
-__all__ = ["CountedLanguageModel", "compression_work", "count"]
+class CountedHost:
+    """The encoder and the projector of any host, without weights.
+
+    Args:
+        fields: what the config.json of a model holds, ours or the host's own.
+
+    Attributes:
+        config: its configuration.
+        sizes: what the rest of the work depends on.
+    """
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        config_class, model_class, _ = host_of(dict(fields)).load()
+        self.config = config_class.from_dict({**fields, "model_type": config_class.model_type})
+        with torch.device("meta"):
+            self.model = model_class(self.config).model.eval()
+        self.model.set_attn_implementation("eager")  # its products are counted on every device
+        settings: dict[str, Any] = {
+            field.name: getattr(self.config, field.name, None) for field in dataclasses.fields(Sizes)
+        }
+        audio = self.config.audio_config
+        settings |= {"mel_bins": audio.num_mel_bins, "mlp": 0, "layers": 0}  # which `window` counts
+        if not hasattr(self.model, "ctc_decoder"):  # a host with a CTC head of its own asks it in `window`
+            settings["ctc_trained"] = False
+        settings |= {"width": self.config.frame_width, "text_config": self.config.get_text_config().to_dict()}
+        self.sizes = Sizes(**settings)
+
+    def window(self, mel_frames: int) -> int:
+        """Returns the operations of encoding one window with so many mel frames of audio."""
+        features = torch.empty(1, self.sizes.mel_bins, self.config.windows.mel_frames_per_window, device="meta")
+        return count(lambda: self.model.encode_windows(features, torch.tensor([mel_frames])))
+
+    def projector(self, frames: int) -> int:
+        """Returns the operations of bringing frames to the width of the language model."""
+        hidden_states = torch.empty(frames, self.sizes.width, device="meta")
+        return count(lambda: self.model.project(self.model.normalise(hidden_states)))
+
+
+__all__ = ["CountedHost", "CountedLanguageModel", "compression_work", "count"]

@@ -84,7 +84,13 @@ QWEN2_AUDIO = Host(
     ("qwen2_audio", "long_speech_qwen2audio"),
     "fastlongspeech",
 )
-HOSTS = (QWEN2_AUDIO, _host("AudioFlamingo3", "audioflamingo3", "audioflamingo3"))
+HOSTS = (
+    QWEN2_AUDIO,
+    _host("AudioFlamingo3", "audioflamingo3", "audioflamingo3"),
+    _host("Voxtral", "voxtral", "voxtral"),
+    _host("Qwen3ASR", "qwen3_asr", "qwen3_asr"),
+    _host("GraniteSpeech", "granite_speech", "granite_speech"),
+)
 
 
 def host_of(config: Any) -> Host:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .defaults import QWEN2_AUDIO
-from .hosts import read_json
+from .hosts import HOSTS, read_json
 
 # The sizes in config.json of Qwen/Qwen2-Audio-7B-Instruct, on which the paper's models are built; the CTC decoder has
 # the 10,000 pieces and the projector of the paper's release, which are the defaults.
@@ -172,7 +172,7 @@ def read_config(source: str) -> dict[str, Any]:
     if source == QWEN2_AUDIO:
         return QWEN2_AUDIO_7B
     config = read_json(source)
-    known = ("fastlongspeech", "qwen2_audio", "long_speech_qwen2audio")
+    known = [name for host in HOSTS for name in (host.model_type, *host.vanilla_types)]
     if config.get("model_type") not in known:
         raise ValueError(f"{source} holds a {config.get('model_type')}; pass a model of {', '.join(known)}.")
     return config

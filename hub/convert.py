@@ -25,7 +25,7 @@ from ..app.loading import find_device
 from ..ctc_fastlongspeech import FastLongSpeechCTCDecoder
 from .adapters import Adapter, is_adapter
 from .hosts import Host, find_host
-from .verify import compare, make_inputs, our_logits, stock_logits
+from .verify import SECONDS, compare, make_inputs, our_logits, stock_logits
 from .weights import StoredWeights, write_shards
 
 RECORD = "conversion.json"
@@ -98,7 +98,7 @@ def convert(
     """Writes a complete folder of ours and returns its record, which is in `conversion.json` as well.
 
     Args:
-        source: folder of a checkpoint of `HOSTS`.
+        source: folder of a checkpoint of a host.
         output: where to; empty, absent, or of the same conversion that was stopped.
         name, revision: what the record says of the source.
         adapter: folder or Hub id of a LoRA adapter that is merged.
@@ -153,7 +153,8 @@ def convert(
     custom_object_save(model, output, config=config)
     config.save_pretrained(output)
 
-    inputs = make_inputs(prepared)
+    windows = prepared.windows  # a host without a mask hears what a window is padded with
+    inputs = make_inputs(prepared, SECONDS if host.model.stock_mask else windows.samples / windows.sampling_rate)
     with tempfile.TemporaryDirectory() as beside:
         if added is not None:
             added.save(Path(beside), str(output))

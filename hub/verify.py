@@ -20,17 +20,17 @@ BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 CTC = ("ctc_decoder.projector.weight", "ctc_decoder.projector.bias", "ctc_decoder.linear.weight")
 
 
-def make_recording(rate: int) -> np.ndarray:
+def make_recording(rate: int, seconds: float = SECONDS) -> np.ndarray:
     """Returns a few seconds of tones that come and go, always the same: float32 samples at `rate` hertz."""
-    time = np.arange(round(SECONDS * rate)) / rate
+    time = np.arange(round(seconds * rate)) / rate
     tones = sum(np.sin(2 * np.pi * pitch * time) for pitch in (110, 330, 1250)) * np.sin(2 * np.pi * 1.7 * time)
     return (0.1 * tones + np.random.default_rng(0).normal(scale=0.01, size=len(time))).astype(np.float32)
 
 
-def make_inputs(processor: Any) -> dict[str, Tensor]:
+def make_inputs(processor: Any, seconds: float = SECONDS) -> dict[str, Tensor]:
     """Returns the model's inputs for a question about `make_recording`, with a placeholder for every frame."""
     rate = processor.feature_extractor.sampling_rate
-    part = {"type": "audio", "audio": {"array": make_recording(rate), "sampling_rate": rate}}
+    part = {"type": "audio", "audio": {"array": make_recording(rate, seconds), "sampling_rate": rate}}
     turn = {"role": "user", "content": [part, {"type": "text", "text": "What is said?"}]}
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "compression": "none"}
     return dict(processor.apply_chat_template([turn], **options))
@@ -55,8 +55,7 @@ def stock_logits(
     tower.layer_norm.register_forward_hook(lambda module, arguments, output: frames.append(output))
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
-    known = {name: value for name, value in _to(inputs, device, dtype).items() if name != "windows_per_audio"}
-    found = {"logits": model(**known).logits[0].float().cpu()}
+    found = {"logits": model(**host.model.stock_inputs(_to(inputs, device, dtype))).logits[0].float().cpu()}
     stored = StoredWeights(folder)
     ours = {host.rename(name).removeprefix("model."): name for name in stored.shapes}
     if CTC[2] in ours:

@@ -16,7 +16,7 @@ from test_train import arguments
 from transformers.utils import logging as transformers_logging
 
 from fastlongspeech import FastLongSpeechForConditionalGeneration
-from fastlongspeech.encoder_fastlongspeech import FastLongSpeechEncoder
+from fastlongspeech.modeling_fastlongspeech import FastLongSpeechEncoder
 from fastlongspeech.train import cache as feature_cache
 from fastlongspeech.train import ctc, dct
 from fastlongspeech.train.cache import MISSING, FeatureCache, describe_encoder

@@ -3,7 +3,6 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.models.qwen2_audio.configuration_qwen2_audio import Qwen2AudioConfig
 
 from .settings_fastlongspeech import FastLongSpeechSettings
@@ -36,7 +35,5 @@ class FastLongSpeechConfig(FastLongSpeechSettings, Qwen2AudioConfig):
 
 
 FastLongSpeechConfig.register_for_auto_class()
-# The server and the pipelines of transformers look classes up in this table of names.
-MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("fastlongspeech", "FastLongSpeechForConditionalGeneration")
 
 __all__ = ["FastLongSpeechConfig"]

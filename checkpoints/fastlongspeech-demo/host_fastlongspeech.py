@@ -4,7 +4,7 @@
 Their docstrings say what a host brings of its own. The shortest example is `audioflamingo3_fastlongspeech.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -161,6 +161,7 @@ class HostForConditionalGeneration(SummaryGenerationMixin, FastLongSpeechGenerat
     Attributes:
         key_mapping: names of parameters in older checkpoints, by regular expression, and what they are called here.
         lora_targets: a regular expression for the modules that stage 2 adapts.
+        stock_mask: what the host's own class calls `feature_attention_mask`; None: it has none, and hears padding.
     """
 
     # The whole path: a bare name would not keep quantisers off.
@@ -168,6 +169,8 @@ class HostForConditionalGeneration(SummaryGenerationMixin, FastLongSpeechGenerat
     key_mapping: dict[str, str] = KEY_MAPPING
     # Anchored: the bare names would match the audio tower's projections too.
     lora_targets = r"model\.language_model\.(.+\.)?layers\.\d+\.self_attn\.[qkvo]_proj"
+    stock_mask: str | None = "input_features_mask"
+    _tied_weights_keys: Any
     config_class: Any
     device: torch.device
     get_encoder: Any
@@ -183,6 +186,13 @@ class HostForConditionalGeneration(SummaryGenerationMixin, FastLongSpeechGenerat
         name = next(name for name, weight in self.model.named_parameters() if weight is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}"}
         self.post_init()
+
+    @classmethod
+    def stock_inputs(cls, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the inputs of one recording, all its frames kept, as the host's own class takes them."""
+        names = {"feature_attention_mask": cls.stock_mask, "windows_per_audio": None}
+        renamed = {names.get(name, name): value for name, value in inputs.items()}
+        return {name: value for name, value in renamed.items() if name is not None}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

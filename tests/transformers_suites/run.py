@@ -61,5 +61,5 @@ def unpack_suites() -> Path:
 
 if __name__ == "__main__":
     options = ["--rootdir", str(HERE), "-c", str(HERE / "pytest.ini"), "-o", f"pythonpath={unpack_suites()}"]
-    suites = [str(HERE / "suite_modeling.py"), str(HERE / "suite_processing.py")]
+    suites = [str(HERE / f"suite_{what}.py") for what in ("modeling", "processing", "hosts")]
     sys.exit(pytest.main([*options, *sys.argv[1:], *suites]))
