@@ -27,6 +27,8 @@ from ..recordings_fastlongspeech import EncodedRecordings
 from .defaults import MAX_NEW_TOKENS, find_model
 from .loading import load_model
 
+LOUDNESS = 6000  # parts of a recording; a picture has about as many columns
+
 
 class Recording(NamedTuple):
     """What is known of a recording: its ``name`` (path, URL, or what kind of object it was), how many ``seconds`` it
@@ -52,10 +54,12 @@ class Heard:
     Attributes:
         recordings: what is known of each.
         encoded: their frames, which are all that a question needs.
+        loudness: `(LOUDNESS,)` float32 or fewer of each, the loudest sample of as many equal parts: what is drawn.
     """
 
     recordings: tuple[Recording, ...]
     encoded: EncodedRecordings
+    loudness: tuple[np.ndarray, ...] = ()
 
 
 class Session:
@@ -114,7 +118,7 @@ class Session:
         names = [str(name) if isinstance(name, (str, os.PathLike)) else type(name).__name__ for name in sources]
         seconds = [len(array) / rate for array in samples]
         known = zip(names, seconds, windows, encoded.lengths.tolist(), strict=True)
-        return Heard(tuple(Recording(*facts) for facts in known), encoded)
+        return Heard(tuple(Recording(*facts) for facts in known), encoded, tuple(map(measure_loudness, samples)))
 
     def read(self, recording: Any) -> np.ndarray:
         """Returns a recording's samples, float32, at the rate that the model hears (16 kHz).
@@ -214,6 +218,12 @@ class Session:
                 yield
             finally:
                 hook.remove()
+
+
+def measure_loudness(samples: np.ndarray) -> np.ndarray:
+    """Returns the loudest of samples `(S,)`, without sign, in each of `LOUDNESS` equal parts, or of S if fewer."""
+    parts = min(LOUDNESS, len(samples))
+    return np.maximum.reduceat(np.abs(samples), np.arange(parts) * len(samples) // parts)
 
 
 class Streamer(TextStreamer):

@@ -52,7 +52,7 @@ def print_transcript(arguments: argparse.Namespace) -> None:
         unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, output)
         journal_of(output).unlink()
-        print(f"written to {output}", file=sys.stderr)
+        print(output)
     elif print_now is None:
         print(text, end="")
 
