@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .defaults import MAX_NEW_TOKENS, find_model
+from .subtitles import clock
 
 if TYPE_CHECKING:
     from .session import Heard, Session
@@ -20,9 +21,17 @@ def print_answer(arguments: argparse.Namespace) -> None:
     answer = session.ask(heard, arguments.question, arguments.target_length, None if arguments.json else say)
     if not answer.ended:
         report_stopped(session)
+    place = session.find_place(heard, arguments.question, answer.text)
+    if place is not None and not arguments.json:
+        of_file = f"{arguments.recordings[place.recording]} " if len(arguments.recordings) > 1 else ""
+        print(f"[{of_file}{clock(place.start)}]")
     report_seconds(session)
     if arguments.json:
-        print_json(session, {"answer": answer.text, "question": arguments.question, "recordings": facts})
+        leans_on = None
+        if place is not None:
+            leans_on = {"path": arguments.recordings[place.recording], "start": place.start, "end": place.end}
+        result = {"answer": answer.text, "leans_on": leans_on}
+        print_json(session, {**result, "question": arguments.question, "recordings": facts})
 
 
 def print_cost(arguments: argparse.Namespace) -> None:

@@ -26,6 +26,8 @@ from ..fusion_fastlongspeech import check_target_length
 from ..recordings_fastlongspeech import EncodedRecordings
 from .defaults import MAX_NEW_TOKENS, find_model
 from .loading import load_model
+from .places import Place, find_place
+from .words import ctc_words
 
 LOUDNESS = 6000  # parts of a recording; a picture has about as many columns
 
@@ -187,6 +189,17 @@ class Session:
         ends = self.model.generation_config.eos_token_id
         ended = ends is not None and bool(ids[-1] in torch.tensor(ends).to(ids))
         return Answer(self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip(), ended)
+
+    def find_place(self, heard: Heard, question: str, answer: str) -> Place | None:
+        """Returns the stretch of the recordings that an answer leans on; None where none is found.
+
+        It is found among the words that the CTC decoder hears, see `places.find_place`; without a trained CTC decoder
+        there is none.
+        """
+        if not self.model.config.ctc_trained:
+            return None
+        with self._timed("answering"):
+            return find_place(ctc_words(self.model, self.processor, heard.encoded), question, answer)
 
     def transcribe_by_ctc(self, heard: Heard) -> list[str]:
         """Returns what the CTC decoder hears in each recording, all of it at once; there is no language model in it.

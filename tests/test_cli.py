@@ -15,6 +15,8 @@ import soundfile
 
 from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
 from fastlongspeech.app import cli, defaults
+from fastlongspeech.app.places import Place
+from fastlongspeech.app.session import Session
 
 QUESTION = "Where does Anna live?"
 
@@ -52,7 +54,7 @@ def python(checkpoint: Path, turns: list[str], length: int = 750) -> str:
 def test_ask_prints_the_answer_and_what_it_cost(checkpoint, recordings, capsys):
     assert run("ask", *recordings, QUESTION, "--model", checkpoint, "--target-length", 20, "--max-new-tokens", 8) == 0
     out, err = capsys.readouterr()
-    assert out.strip() == python(checkpoint, recordings, 20)
+    assert out.partition("\n[")[0].strip() == python(checkpoint, recordings, 20)
     assert f"{recordings[0]}: 31.0 s, 2 windows, 775 frames -> 20 tokens\n" in err
     assert f"{recordings[1]}: 2.0 s, 1 window, 50 frames -> 20 tokens\n" in err
     assert re.search(
@@ -64,11 +66,26 @@ def test_ask_as_json(checkpoint, recordings, capsys):
     assert run("ask", recordings[0], QUESTION, "--model", checkpoint, "--json", "--max-new-tokens", 8) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer.pop("seconds").keys() == {"loading", "reading", "listening", "answering"}
+    answer.pop("leans_on")
     assert answer == {
         "answer": python(checkpoint, recordings[:1]),
         "question": QUESTION,
         "recordings": [{"path": recordings[0], "seconds": 31.0, "windows": 2, "frames": 775, "tokens": 750}],
     }
+
+
+def test_ask_names_the_place_that_the_answer_leans_on(checkpoint, recordings, capsys, monkeypatch):
+    place = Place(1, 751.2, 760.0)
+    monkeypatch.setattr(Session, "find_place", lambda *_: place)
+    command = ["ask", *recordings, QUESTION, "--model", checkpoint, "--max-new-tokens", 2]
+    run(*command)
+    assert capsys.readouterr().out.splitlines()[-1] == f"[{recordings[1]} 12:31]"
+    run(*command, "--json")
+    leans_on = json.loads(capsys.readouterr().out)["leans_on"]
+    assert leans_on == {"path": recordings[1], "start": 751.2, "end": 760.0}
+    monkeypatch.setattr(Session, "find_place", lambda *_: None)
+    run(*command, "--json")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["leans_on"] is None
 
 
 def test_cost_needs_no_weights(checkpoint, recordings, capsys, tmp_path):

@@ -83,4 +83,5 @@ def test_a_command_answers(command, folder, capsys):
     answer = capsys.readouterr().out.strip()
     assert answer
     if "Patrick" in command:
-        assert answer == "on tuesday at ten"
+        answer, place = answer.splitlines()
+        assert answer == "on tuesday at ten" and re.fullmatch(r"\[\d:\d\d\]", place)
