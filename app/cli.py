@@ -22,6 +22,7 @@ MODULES = {
     "prepare": ("fastlongspeech.data.prepare", "train", "make a manifest of a published dataset"),
     "check-data": ("fastlongspeech.data.check", "train", "find what is wrong with a manifest before training does"),
     "evaluate": ("fastlongspeech.evaluation.run", "eval", "score a model on a benchmark"),
+    "page": ("fastlongspeech.app.page", "page", "serve a page to ask and to see what the model keeps"),
     "show": ("fastlongspeech.app.show", "page", "draw what the model keeps of a recording"),
     "assemble": ("fastlongspeech.app.assemble", "gguf", "make an untrained model of a Whisper and a language model"),
 }
