@@ -7,7 +7,7 @@ TRANSFORMERS ?=
 TORCH := 2.13.0
 PYTEST_FLAGS ?= -n 2
 
-QUESTION := When does Patrick arrive?
+QUESTION := Into how many other parishes did the distemper spread?
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -17,7 +17,7 @@ test test-slow transformers-suites: export OMP_NUM_THREADS := 1
 .PHONY: demo test test-slow transformers-suites lint format recipe clean
 
 demo: $(VENV)/.installed
-	$(BIN)/fastlongspeech ask demo/recording.flac "$(QUESTION)"
+	model=$$($(BIN)/fastlongspeech small) && $(BIN)/fastlongspeech ask small/recording.opus "$(QUESTION)" --model "$$model"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -46,7 +46,7 @@ clean:
 	rm -rf .venv .venv-* .cache .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/.torch
-	$(PIP) install --quiet --editable . $(TRANSFORMERS:%=transformers==%)
+	$(PIP) install --quiet --editable '.[small]' $(TRANSFORMERS:%=transformers==%)
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.torch

@@ -82,6 +82,27 @@ def assemble(encoder: str, language_model: str, output: Path, dtype: str = "auto
     ids = chat_ids(tokenizer, QUESTION)
     mel = torch.randn(1, whisper.config.num_mel_bins, 3000, generator=torch.Generator().manual_seed(0))
     frames, answer = whisper_frames(whisper, mel), answer_text(text_model, ids)
+    model, processor = join_parts(whisper, extractor, text_model, tokenizer)
+
+    unfinished = output.with_name(output.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    processor.save_pretrained(unfinished)
+    del whisper, text_model, model
+    gc.collect()
+    check(unfinished, mel, frames, ids, answer)
+    if output.exists():
+        output.rmdir()
+    unfinished.rename(output)
+
+
+def join_parts(
+    whisper: WhisperEncoder, extractor: Any, text_model: Any, tokenizer: PreTrainedTokenizerBase
+) -> tuple[FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor]:
+    """Returns the untrained model of both parts and its processor; it takes the parts over and changes them.
+
+    The projector is random. There is no CTC decoder, which a folder may lack: `ctc_trained` is false then.
+    """
     template = PARTS_TO_TEXT + (cast(str | None, tokenizer.chat_template) or PLAIN_TEMPLATE)
     if begins(tokenizer, chat(tokenizer, {"role": "user", "content": QUESTION})):
         tokenizer.backend_tokenizer.post_processor = None
@@ -91,17 +112,7 @@ def assemble(encoder: str, language_model: str, output: Path, dtype: str = "auto
     processor = FastLongSpeechProcessor(
         extractor, tokenizer, chat_template=template, end_of_turn_token=end_of_turn(tokenizer)
     )
-
-    unfinished = output.with_name(output.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    join(whisper, text_model, processor).save_pretrained(unfinished)
-    processor.save_pretrained(unfinished)
-    del whisper, text_model
-    gc.collect()
-    check(unfinished, mel, frames, ids, answer)
-    if output.exists():
-        output.rmdir()
-    unfinished.rename(output)
+    return join(whisper, text_model, processor), processor
 
 
 def read_language_model(source: str, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -163,9 +174,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def add_audio_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Adds the tokens around audio where they are missing, each with the mean of all embeddings."""
-    known = len(tokenizer)
-    tokenizer.add_special_tokens({"extra_special_tokens": AUDIO_TOKENS}, replace_extra_special_tokens=False)
     rows = model.get_input_embeddings().weight.shape[0]
+    known = min(len(tokenizer), rows)  # a tokenizer may know a token more than the language model
+    tokenizer.add_special_tokens({"extra_special_tokens": AUDIO_TOKENS}, replace_extra_special_tokens=False)
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -176,7 +187,7 @@ def add_audio_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 def join(
     whisper: WhisperEncoder, text_model: Any, processor: FastLongSpeechProcessor
 ) -> FastLongSpeechForConditionalGeneration:
-    """Returns the model of both parts, which it takes over, with a random projector and no CTC decoder."""
+    """Returns the model of both parts, which it takes over; see `join_parts`."""
     theirs = whisper.config
     audio_config = Qwen2AudioEncoderConfig(
         num_mel_bins=theirs.num_mel_bins,

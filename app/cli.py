@@ -25,6 +25,7 @@ MODULES = {
     "page": ("fastlongspeech.app.page", "page", "serve a page to ask and to see what the model keeps"),
     "show": ("fastlongspeech.app.show", "page", "draw what the model keeps of a recording"),
     "assemble": ("fastlongspeech.app.assemble", "gguf", "make an untrained model of a Whisper and a language model"),
+    "small": ("fastlongspeech.small.weights", "small", "print the folder of the small model; make it first"),
 }
 
 
