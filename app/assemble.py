@@ -120,7 +120,8 @@ def read_language_model(source: str, dtype: str) -> tuple[Any, PreTrainedTokeniz
 
     Raises:
         OSError: there is no model.
-        ValueError: its head has a bias, which ours has no place for, or the package `gguf` is missing.
+        ValueError: its head has a bias, which ours has no place for, it is quantised in another form, or the package
+            `gguf` is missing.
     """
     options: dict[str, Any] = {}
     if source.endswith(".gguf"):
@@ -134,6 +135,11 @@ def read_language_model(source: str, dtype: str) -> tuple[Any, PreTrainedTokeniz
         dtype = "float32" if dtype == "auto" else dtype
         source = str(Path(source).parent)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).eval()
+    if "gguf_file" in options:
+        # The weights are plain by now; a configuration that says otherwise keeps a Trainer from them.
+        model.config.__dict__.pop("quantization_config", None)
+    elif getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"language-model {source} is quantised; pass it as it was before, or a GGUF file.")
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ValueError(f"language-model {source} has a head that is not one matrix; choose another.")

@@ -209,6 +209,7 @@ def test_a_gguf_file_is_read(whisper: Path, tmp_path: Path) -> None:
     command.assemble(str(whisper), str(file), tmp_path / "model")
     own = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
     weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert "quantization_config" not in (tmp_path / "model" / "config.json").read_text()  # a Trainer would refuse it
     name = "layers.0.mlp.up_proj.weight"
     assert torch.equal(weights[f"model.language_model.{name}"], own.state_dict()[f"model.{name}"])
 
