@@ -9,6 +9,7 @@
 | `air-bench` | AIR-Bench's `Chat_meta.json`; the subset is its task and dataset, such as `speech_QA_iemocap` |
 | `librisqa` | LibriSQA's JSON, part I (questions) or part II (choices A to D) |
 | `openasqa` | OpenASQA's JSON (`audio_id`, `instruction`, `output`) |
+| `audio-marathon` | AudioMarathon's JSON of a task: `path` or `audio_path`, `question`, choices, a letter |
 
 A row may have a `passage`, what is said in its recording.
 
@@ -32,7 +33,26 @@ from .manifests import PLACE, check_rows, manifest_rows, open_folder, refuse
 
 EMOTIONS = ["Anger", "Disgust", "Fear", "Joy", "Neutral", "Sadness", "Surprise"]
 EMOTION_QUESTION = f"Given the Choices: [{', '.join(EMOTIONS)}]. What is the emotion in the audio?"  # Appendix B.2
-NOTES = ("id", "uniq_id", "kind", "time", "task", "dataset")  # what predictions repeat of a row
+# What AudioMarathon's own scripts ask after a question and its choices, or before and after those of RACE.
+MARATHON_QUESTION = (
+    "{question}\n\n{choices}\n\nPlease listen to the audio and select the correct answer. Reply with only the letter "
+    "({letters})."
+)
+MARATHON_RACE = (
+    "Listen to this audio of a passage being read aloud, then answer the multiple-choice question based solely on the "
+    "information from the audio.\n\nQuestion: {question}\n\nOptions:\n{choices}\n\nRespond with only the letter of "
+    "the correct option ({letters})."
+)
+NOTES = (
+    "id",
+    "uniq_id",
+    "kind",
+    "time",
+    "task",
+    "dataset",
+    "task_name",
+    "dataset_name",
+)  # what predictions repeat of a row
 
 
 @dataclass(frozen=True)
@@ -158,6 +178,8 @@ def _raw_rows(path: str, split: str, subset: str | None, root: Path) -> Any:
     if Path(path).is_file():
         if path.endswith(".json"):
             rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            if isinstance(rows, dict) and isinstance(rows.get("tasks"), list):  # AudioMarathon's DESED
+                rows = rows["tasks"]
             if not isinstance(rows, list):
                 raise ValueError(f"{path} holds no list of objects; write one, or JSON lines into a .jsonl file.")
             return rows
@@ -291,6 +313,29 @@ def _openasqa(row: dict[str, Any], root: Path) -> dict[str, Any]:
     }
 
 
+def _audio_marathon(row: dict[str, Any], root: Path) -> dict[str, Any]:
+    """RACE has `audio_path`, `options`, `answer`; the others have `path`, `choice_a` ... or `choices`, `answer_gt`."""
+    options = row.get("options", row.get("choices"))
+    if isinstance(options, dict):
+        options = list(options.values())
+    elif options is None:
+        options = [row[name] for letter in "abcdefgh" if row.get(name := f"choice_{letter}")]
+    letters = list("ABCDEFGH"[: len(options)])
+    choices = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
+    answer = row.get("answer_gt", row.get("answer"))
+    if answer in options:
+        answer = letters[options.index(answer)]
+    listed = f"{', '.join(letters[:-1])}{',' * (len(letters) > 2)} or {letters[-1]}" if letters else ""
+    form = MARATHON_RACE if "options" in row else MARATHON_QUESTION
+    question = row.get("question")
+    return {
+        "audio": find_recording(root, row.get("path", row.get("audio_path"))),
+        "question": question and form.format(question=question, choices=choices, letters=listed),
+        "answers": answer,
+        "choices": letters,
+    }
+
+
 TASKS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
     "qa": _question,
     "longspeech-eval": _question,
@@ -300,4 +345,5 @@ TASKS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
     "air-bench": _air_bench,
     "librisqa": _librisqa,
     "openasqa": _openasqa,
+    "audio-marathon": _audio_marathon,
 }

@@ -20,6 +20,7 @@ from ..compression_fastlongspeech import COMPRESSIONS
 from ..extractor_fastlongspeech import FastLongSpeechAudioOutput
 from ..prompts_fastlongspeech import TRANSCRIBE, embed_prompts
 from ..recordings_fastlongspeech import EncodedRecordings
+from ..summarised_fastlongspeech import SummarisedRecordings
 
 METHODS = {
     "ntk_rope": "every frame, positions stretched to the language model's context; fused where even that is too short",
@@ -27,6 +28,7 @@ METHODS = {
     "cascade": "the transcript by the language model, window by window, given to it as text",
     "ctc_cascade": "the transcript by the CTC decoder, given to the language model as text",
     "true_transcript": "what is really said (the column passage), given to the language model as text",
+    "summary": "every frame, or L of every 30 s, summed up by the language model, see --compression-ratio",
     "ctc": "no language model: the transcript by the CTC decoder",
 }
 BY_TRANSCRIPT = ("cascade", "ctc_cascade", "true_transcript")
@@ -88,6 +90,46 @@ def answer_batch(
         max_new_tokens=max_new_tokens,
         do_sample=False,
     )
+    return _answers(model, processor, ids, max_new_tokens)
+
+
+@torch.inference_mode()
+def answer_summarised(
+    model: Any, processor: Any, questions: Sequence[str], heard: Sequence[SummarisedRecordings], max_new_tokens: int
+) -> list[Answer]:
+    """Returns the greedy answers to questions in one batch, each about a recording that is summed up already.
+
+    Args:
+        model, processor, questions, max_new_tokens: as in `answer_batch`.
+        heard: what `summarise_recording` returned for the recording of each question.
+    """
+    prompts = [make_prompt(processor, question, audio=True) for question in questions]
+    ids, mask = _left_padded(processor.tokenizer(prompts).input_ids, model.device)
+    summaries = SummarisedRecordings.cat(heard)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    out = model.generate(ids, attention_mask=mask, recordings=summaries, **options)
+    return _answers(model, processor, out[:, ids.shape[1] :], max_new_tokens)
+
+
+def summarise_recording(
+    model: Any, processor: Any, recording: EncodedRecordings, target_length: int | None, ratio: int | None
+) -> SummarisedRecordings:
+    """Returns a recording summed up at the beginning of a prompt, which ends in any question.
+
+    Args:
+        model, processor: a FastLongSpeech with summary projections and its processor.
+        recording: one encoded recording.
+        target_length: the frames that 30 s are fused to before; None: the model's.
+        ratio: frames for each summary token; None: the model's.
+    """
+    ids, mask = _left_padded(processor.tokenizer([make_prompt(processor, "?", audio=True)]).input_ids, model.device)
+    return model.summarise(
+        ids, mask, compression_ratio=ratio, target_length=target_length, recordings=recording.to(model.device)
+    )
+
+
+def _answers(model: Any, processor: Any, ids: Tensor, max_new_tokens: int) -> list[Answer]:
+    """Returns what the new tokens of a batch say, and whether each ended by itself."""
     ends = model.generation_config.eos_token_id
     ended = torch.isin(ids, torch.tensor([] if ends is None else ends).to(ids)).any(1) | (
         ids.shape[1] < max_new_tokens
@@ -109,11 +151,12 @@ class Answerer:
     Args:
         model, processor: a FastLongSpeech and its processor.
         method: a compression, `"none"`, or one of `METHODS`.
-        target_length: L, for a compression; None: the model's.
+        target_length: L, for a compression, and for `"summary"` that of 30 s; None: the model's.
         max_new_tokens: of every answer.
         cascade_prompt: what is asked about a transcript, with `{transcript}` and `{question}`; None: `CASCADE`.
         frames: keeps the frames of recordings by name, in main memory, so that other methods, and other models with
             the same encoder, find them; None: they are not kept.
+        compression_ratio: frames for each summary token of `"summary"`; None: the model's.
     """
 
     def __init__(
@@ -125,12 +168,15 @@ class Answerer:
         max_new_tokens: int,
         cascade_prompt: str | None = None,
         frames: dict[str, EncodedRecordings] | None = None,
+        compression_ratio: int | None = None,
     ) -> None:
+        self.compression_ratio = compression_ratio
         self.model, self.processor, self.method = model, processor, method
         self.max_new_tokens, self.frames = max_new_tokens, frames
         self.cascade_prompt = (cascade_prompt or CASCADE) if method in BY_TRANSCRIPT else None
         self.compression = method if method in COMPRESSIONS else "none"
-        self.target_length = (target_length or model.config.target_length) if method in COMPRESSIONS else None
+        fuses = method in (*COMPRESSIONS, "summary")
+        self.target_length = (target_length or model.config.target_length) if fuses else None
         self._heard: dict[str, Any] = {}
 
     def prepare(self, questions: Sequence[str], durations: Sequence[float]) -> None:
@@ -184,6 +230,9 @@ class Answerer:
         heard = [self._heard[name] for name in names]
         if self.method == "ctc":
             return heard
+        if self.method == "summary":
+            answers = answer_summarised(self.model, self.processor, questions, heard, self.max_new_tokens)
+            return [Answer(text.strip(), ended) for text, ended in answers]
         if self.cascade_prompt is None:
             answers = answer_batch(self.model, self.processor, questions, heard, self.max_new_tokens)
             return [Answer(text.strip(), ended) for text, ended in answers]
@@ -210,13 +259,16 @@ class Answerer:
         return filled
 
     def _hear(self, recordings: dict[str, Any]) -> list[Any]:
-        """Returns the embeddings of recordings by their names, or their transcripts."""
+        """Returns the embeddings of recordings by their names, their summaries or their transcripts."""
         encoded = self._encode(recordings)
         if self.method in ("ctc", "ctc_cascade"):
             pieces = self.model.ctc_transcribe(recordings=EncodedRecordings.cat(encoded))
             return [Answer(text, True) for text in self.processor.ctc_decode(pieces)]
         if self.method == "cascade":
             return [self._transcribe(recording) for recording in encoded]
+        if self.method == "summary":
+            sizes = (self.target_length, self.compression_ratio)
+            return [summarise_recording(self.model, self.processor, recording, *sizes) for recording in encoded]
         return self._compress(EncodedRecordings.cat(encoded))
 
     def _encode(self, recordings: dict[str, Any]) -> list[EncodedRecordings]:

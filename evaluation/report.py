@@ -8,7 +8,15 @@ from typing import Any
 
 from ..data.tasks import QuestionSet
 from .journal import read_journal
-from .scoring import exact_match, find_choice, mean_with_interval, token_f1, whisper_normalizer, word_errors
+from .scoring import (
+    exact_match,
+    find_choice,
+    macro_f1,
+    mean_with_interval,
+    token_f1,
+    whisper_normalizer,
+    word_errors,
+)
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -97,6 +105,8 @@ def _scores(rows: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
         return {"word_error_rate": mean_with_interval(errors, groups, words)} if spoken else {}
     names = ["accuracy"] if metric == "choice" else ["exact_match", "token_f1"]
     scores = {name: mean_with_interval([row[name] for row in rows], groups) for name in names}
+    if metric == "choice":
+        scores["macro_f1"] = {"value": macro_f1([row["chosen"] for row in rows], [row["answers"][0] for row in rows])}
     judged = [row for row in rows if row.get("judge") is not None]
     if judged:
         scores["judge"] = mean_with_interval([row["judge"] for row in judged], [row["recording"] for row in judged])

@@ -37,7 +37,8 @@ PACKAGES = ("fastlongspeech", "torch", "transformers", "accelerate", "datasets",
 SETTINGS, SUMMARY = "settings.json", "summary.json"
 # What the predictions in an output folder depend on.
 DATA = ("task", "data", "subset", "audio_root", "limit", "min_seconds", "max_seconds")
-DECISIVE = (*DATA, "model", "dtype", "compression", "target_length", "max_new_tokens", "cascade_prompt")
+SETTING = ("model", "dtype", "compression", "compression_ratio", "target_length", "max_new_tokens", "cascade_prompt")
+DECISIVE = (*DATA, *SETTING)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -62,6 +63,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--target-length", type=int, metavar="L", help="frames to fuse to (default: the model's)")
     parser.add_argument(
+        "--compression-ratio", type=int, metavar="N", help="frames for each summary token (default: the model's)"
+    )
+    parser.add_argument(
         "--cascade-prompt", metavar="TEXT", help="what is asked about a transcript: {transcript}, {question}"
     )
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="longest answer")
@@ -76,7 +80,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--judge-template", metavar="FILE", help="prompt with {question}, {reference}, {response}")
     parser.add_argument("--judge-workers", type=int, default=8, metavar="N", help="requests at a time")
     arguments = parser.parse_args(argv)
-    for name in ("limit", "batch_size", "max_new_tokens", "judge_workers", "target_length"):
+    for name in ("limit", "batch_size", "max_new_tokens", "judge_workers", "target_length", "compression_ratio"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more, got {value}.")
@@ -85,8 +89,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--cascade-prompt must hold {transcript} and {question}.")
     if cascade_prompt is not None and method not in BY_TRANSCRIPT:
         parser.error(f"--cascade-prompt has no meaning with --compression {method}; leave it out.")
-    if arguments.target_length is not None and method not in COMPRESSIONS:
+    if arguments.target_length is not None and method not in (*COMPRESSIONS, "summary"):
         parser.error(f"--target-length has no meaning with --compression {method}; leave it out.")
+    if arguments.compression_ratio is not None and method != "summary":
+        parser.error(f"--compression-ratio has no meaning with --compression {method}; leave it out.")
     if method == "ctc" and arguments.task != "asr" or "cascade" in method and arguments.task == "asr":
         parser.error(f"--compression {method} is {'not ' if arguments.task == 'asr' else ''}for --task asr.")
     return arguments
@@ -168,6 +174,7 @@ def predict(
             arguments.max_new_tokens,
             arguments.cascade_prompt,
             frames,
+            arguments.compression_ratio,
         )
         examples = benchmark.examples
         answerer.prepare([example.question for example in examples], [example.duration for example in examples])

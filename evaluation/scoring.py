@@ -61,6 +61,15 @@ def find_choice(prediction: str, choices: Sequence[str]) -> str | None:
     return named[0] if len(named) == 1 else None
 
 
+def macro_f1(chosen: Sequence[str | None], answers: Sequence[str]) -> float:
+    """Returns the F1 of every choice that is an answer or was chosen, averaged; None is a miss of the answer alone."""
+    scores = []
+    for choice in {*answers, *chosen} - {None}:
+        hits = sum(one == other == choice for one, other in zip(chosen, answers, strict=True))
+        scores.append(2 * hits / (sum(one == choice for one in chosen) + sum(one == choice for one in answers)))
+    return sum(scores) / len(scores)
+
+
 def _words(text: str) -> list[str]:
     return re.findall(r"[\w']+", text.lower())
 

@@ -22,7 +22,12 @@ RATIO = 4
 SUMMARY: dict[str, Any] = {"compression": "summary", "compression_ratio": RATIO}
 OTHER_CACHES = ("no cache", "static cache", "static cache, beams")
 OTHER_COMPRESSIONS = ("every frame", "another compression")
-OFFERED = [name for name in STRATEGIES if name not in OTHER_CACHES + OTHER_COMPRESSIONS]
+QUICK = ("greedy", "fixed length", "beams, all returned", "sampling when cold", "ends", "guidance")
+OFFERED = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in STRATEGIES
+    if name not in OTHER_CACHES + OTHER_COMPRESSIONS
+]
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ def test_frozen_weights_may_be_bfloat16_while_what_trains_is_float32(checkpoint,
     assert all(weight.isfinite().all() for weight in after.values())
 
 
-@pytest.mark.parametrize("phase", ["asr", "questions"])
+@pytest.mark.parametrize("phase", ["asr", pytest.param("questions", marks=pytest.mark.slow)])
 def test_the_first_phases_train_projector_and_adapters_with_every_frame(checkpoint, data, tmp_path, phase):
     manifest = data / ("asr.jsonl" if phase == "asr" else "qa.jsonl")
     after = trained(checkpoint, data, tmp_path / "out", "--phase", phase, "--train_data", manifest, "--max_steps", 2)
@@ -106,6 +106,7 @@ def test_the_first_phases_train_projector_and_adapters_with_every_frame(checkpoi
     assert json.loads((tmp_path / "out" / "config.json").read_text())["compression"] == "iterative_fusion"
 
 
+@pytest.mark.slow
 def test_a_phase_starts_from_what_the_last_one_learnt(checkpoint, data, tmp_path):
     first = trained(checkpoint, data, tmp_path / "first", "--max_steps", 1)
     again = trained(tmp_path / "first", data, tmp_path / "again", "--max_steps", 1, "--learning_rate", 0)

@@ -1,0 +1,131 @@
+"""Evaluation by summaries, and the script that compares them with fusion and its rivals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import RATE, speech, write_rows
+from sklearn.metrics import f1_score
+
+from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
+from fastlongspeech.app import cli
+from fastlongspeech.data.tasks import load_questions
+from fastlongspeech.evaluation import speech_xl
+from fastlongspeech.evaluation.scoring import macro_f1
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with summary projections."""
+    path = tmp_path_factory.mktemp("summary")
+    model = FastLongSpeechForConditionalGeneration.from_pretrained(checkpoint, summary_interval=48)
+    model.save_pretrained(path)
+    FastLongSpeechProcessor.from_pretrained(checkpoint).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("asked") / "set"
+    path.mkdir()
+    rows = []
+    for number, seconds in enumerate((4.0, 2.5)):
+        soundfile.write(path / f"{number}.wav", speech(seconds, seed=number), RATE)
+        for question in ("Who?", "Where does she live?"):
+            rows.append({"audio": f"{number}.wav", "question": question, "answer": "Anna", "kind": "name"})
+    rows.append({"audio": "1.wav", "question": "A man or a woman?", "answer": "man", "kind": "voice"})
+    return write_rows(path / "qa.jsonl", rows)
+
+
+def test_evaluate_answers_as_the_model_does(folder, questions, tmp_path, capsys):
+    options = ["--compression", "summary", "--compression-ratio", 4, "--target-length", 375, "--max-new-tokens", 5]
+    command = ["evaluate", "--task", "qa", "--data", questions, "--model", folder, "--output", tmp_path / "out"]
+    assert cli.main([str(word) for word in (*command, *options)]) == 0
+    capsys.readouterr()
+    rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    model = FastLongSpeechForConditionalGeneration.from_pretrained(folder).eval()
+    processor = FastLongSpeechProcessor.from_pretrained(folder)
+    for row in rows:
+        turn = {"role": "user", "content": [{"type": "audio", "path": row["recording"]}]}
+        turn["content"].append({"type": "text", "text": row["question"]})
+        sizes = {"compression": "summary", "target_length": 375}
+        inputs = processor.apply_chat_template(
+            [turn], add_generation_prompt=True, tokenize=True, return_dict=True, **sizes
+        )
+        options = {"max_new_tokens": 5, "do_sample": False}
+        ids = model.generate(**inputs, **sizes, compression_ratio=4, **options)[0, inputs["input_ids"].shape[1] :]
+        assert row["prediction"] == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["run"]["compression_ratio"] == 4
+
+
+def test_a_ratio_is_for_summaries(capsys):
+    for options in (["--compression", "none", "--compression-ratio", "4"], ["--compression-ratio", "0"]):
+        with pytest.raises(SystemExit):
+            cli.main(["evaluate", "--task", "qa", "--data", "x", "--model", "y", "--output", "z", *options])
+    said = capsys.readouterr().err
+    assert "--compression-ratio has no meaning with --compression none; leave it out" in said
+    assert "--compression-ratio must be 1 or more, got 0" in said
+
+
+def test_methods_are_compared_at_equal_tokens(folder, checkpoint, questions, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n")
+    command = [folder, questions, "--rivals", checkpoint, "--ratios", 2, 4, "--output", tmp_path / "out"]
+    words = [str(word) for word in (*command, "--docs", page)]
+    speech_xl.main(words)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert {row["method"] for row in results} == {*speech_xl.METHODS, "every frame", "every frame, Speech-XL"}
+    frames = results[0]["frames"]
+    assert frames == round((100 + 62) / 2) and all(row["questions"] == 4 for row in results)
+    for row in results:
+        assert abs(row["tokens"] - frames / row["ratio"]) <= 2
+    of_summaries = [row["operations"] for row in results if row["method"] == "Speech-XL"]
+    every = next(row["operations"] for row in results if row["method"] == "every frame")
+    assert min(of_summaries) > every  # it reads every frame and the summary tokens as well
+    assert "| 4 | 0% (0% to 0%)" in page.read_text() and (tmp_path / "page.svg").exists()
+
+    answers = (tmp_path / "out" / "answers.jsonl").read_bytes()
+    capsys.readouterr()
+    speech_xl.main(words)  # asks nothing again
+    assert (tmp_path / "out" / "answers.jsonl").read_bytes() == answers
+
+
+# AudioMarathon
+
+
+def marathon(tmp_path: Path, rows: object) -> Path:
+    soundfile.write(tmp_path / "a.wav", np.zeros(RATE), RATE)
+    path = tmp_path / "tasks.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_audio_marathons_choices_are_letters(tmp_path):
+    choices = {"choice_a": "Anna", "choice_b": "Ben", "choice_c": "Cleo", "choice_d": "Dan"}
+    row = {"path": "a.wav", "question": "Who?", **choices, "answer_gt": "B", "task_name": "SER", "uniq_id": 7}
+    (example,) = load_questions("audio-marathon", marathon(tmp_path, [row])).examples
+    assert example.question.startswith("Who?\n\nA. Anna\nB. Ben\nC. Cleo\nD. Dan\n\nPlease listen")
+    assert example.question.endswith("only the letter (A, B, C, or D).")
+    assert (example.answers, example.choices) == (["B"], ["A", "B", "C", "D"])
+    assert example.notes == {"uniq_id": 7, "task_name": "SER"}
+
+
+def test_audio_marathons_race_and_desed_have_forms_of_their_own(tmp_path):
+    row = {"audio_path": "a.wav", "question": "Why?", "options": ["one", "two", "three"], "answer": "C"}
+    (example,) = load_questions("audio-marathon", marathon(tmp_path, [row])).examples
+    assert "Question: Why?\n\nOptions:\nA. one\nB. two\nC. three\n\n" in example.question
+    assert example.question.endswith("the correct option (A, B, or C).") and example.answers == ["C"]
+    row = {"path": "a.wav", "question": "What?", "choices": {"A": "dog", "B": "car"}, "answer_gt": "car"}
+    (example,) = load_questions("audio-marathon", marathon(tmp_path, {"tasks": [row]})).examples
+    assert example.answers == ["B"] and "A. dog\nB. car" in example.question
+    with pytest.raises(ValueError, match="row 0 has the question None"):
+        load_questions("audio-marathon", marathon(tmp_path, [{"path": "a.wav", "answer_gt": "A"}]))
+
+
+def test_macro_f1_is_that_of_scikit_learn():
+    answers = ["A", "B", "B", "C", "A", "D"]
+    chosen = ["A", "B", "C", "C", "D", "D"]
+    assert macro_f1(chosen, answers) == pytest.approx(f1_score(answers, chosen, average="macro"))
+    assert macro_f1([None, "A"], ["A", "A"]) == pytest.approx(2 / 3)
