@@ -135,11 +135,14 @@ class CountedHost:
             settings["ctc_trained"] = False
         settings |= {"width": self.config.frame_width, "text_config": self.config.get_text_config().to_dict()}
         self.sizes = Sizes(**settings)
+        self._counts: dict[int, int] = {}
 
     def window(self, mel_frames: int) -> int:
         """Returns the operations of encoding one window with so many mel frames of audio."""
-        features = torch.empty(1, self.sizes.mel_bins, self.config.windows.mel_frames_per_window, device="meta")
-        return count(lambda: self.model.encode_windows(features, torch.tensor([mel_frames])))
+        if mel_frames not in self._counts:
+            features = torch.empty(1, self.sizes.mel_bins, self.config.windows.mel_frames_per_window, device="meta")
+            self._counts[mel_frames] = count(lambda: self.model.encode_windows(features, torch.tensor([mel_frames])))
+        return self._counts[mel_frames]
 
     def projector(self, frames: int) -> int:
         """Returns the operations of bringing frames to the width of the language model."""

@@ -1,5 +1,6 @@
 """Granite Speech, a host whose own CTC head weighs frames, against its class in transformers."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,11 @@ def test_an_adapter_beside_the_weights_is_merged(vanilla, tmp_path):
     stock = GraniteSpeechForConditionalGeneration.from_pretrained(vanilla).eval()
     targets = r"model\.language_model\..*self_attn\.[qv]_proj"
     stock.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
-    stock.save_pretrained(str(tmp_path))
-    model = FastLongSpeechGraniteSpeechForConditionalGeneration.from_pretrained(tmp_path).eval()
+    stock.save_pretrained(str(tmp_path / "both"))
+    shutil.copytree(vanilla, tmp_path / "released")
+    for path in (tmp_path / "both").glob("adapter_*"):
+        shutil.copy(path, tmp_path / "released")
+    model = FastLongSpeechGraniteSpeechForConditionalGeneration.from_pretrained(tmp_path / "released").eval()
     ids, inputs = torch.tensor([[5, *[AUDIO_TOKEN] * 90, 7]]), audio([437])
     features = inputs["input_features"][..., :437].transpose(1, 2)
     expected = stock(input_ids=ids, input_features=features).logits
