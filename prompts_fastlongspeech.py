@@ -194,9 +194,12 @@ class FastLongSpeechGenerationMixin(GenerationMixin):
             self._refuse_unheard(generation_config or self.generation_config, kwargs)
             placeholders = (input_ids == self.config.audio_token_id) & attention_mask.bool()
             audio = hear(self.model, placeholders, resize=True, **audio_inputs)
-        _, attention_mask, inputs_embeds = embed_prompts(
+        resized, attention_mask, inputs_embeds = embed_prompts(
             self.get_input_embeddings(), self.config.audio_token_id, input_ids, attention_mask, audio
         )
+        positions = self.prompt_positions(resized, attention_mask, kwargs)
+        if positions is not None:
+            kwargs["position_ids"] = positions
         self._warn_beyond_context(inputs_embeds.shape[1])
         return parent.generate(
             input_ids.to(inputs_embeds.device),
@@ -205,6 +208,15 @@ class FastLongSpeechGenerationMixin(GenerationMixin):
             attention_mask=attention_mask,
             **kwargs,
         )
+
+    def prompt_positions(self, input_ids: Tensor, attention_mask: Tensor, options: dict[str, Any]) -> Tensor | None:
+        """Returns positions of a host's own for prompts whose placeholders are fitted; None: those of transformers.
+
+        Args:
+            input_ids, attention_mask: `(B, S)`, the prompts as the language model reads them.
+            options: what else `generate` was given.
+        """
+        return None
 
     @staticmethod
     def _refuse_unheard(generation_config: Any, options: dict[str, Any]) -> None:

@@ -141,6 +141,7 @@ class HostModel(SpeechExtractor, SpeechSummary):
                 return self.read_in_one_pass(inputs_embeds, attention_mask, placeholders, ratio, **kwargs)
         return self.read(
             inputs_embeds,
+            input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -148,8 +149,11 @@ class HostModel(SpeechExtractor, SpeechSummary):
             **kwargs,
         )
 
-    def read(self, inputs_embeds: Tensor, **kwargs: Any) -> Any:
-        """Returns the language model's output for prompts whose recordings are in place, `(B, S, hidden)`."""
+    def read(self, inputs_embeds: Tensor, input_ids: Tensor | None, **kwargs: Any) -> Any:
+        """Returns the language model's output for prompts whose recordings are in place, `(B, S, hidden)`.
+
+        `input_ids`, where the caller has given them, say what else a host looks for in the prompts.
+        """
         return self.language_model(inputs_embeds=inputs_embeds, **kwargs)
 
 
