@@ -73,7 +73,9 @@ class ModelCost:
             self._host = CountedHost(fields)
             self.windows, self.sizes = self._host.config.windows, self._host.sizes
         self._text: Any = self.sizes.language_model()
-        if self._text is None:
+        if self._text is None and self._host is not None:
+            self._text = self._host.language_model()
+        elif self._text is None:
             from .counting import CountedLanguageModel  # loads torch
 
             self._text = CountedLanguageModel(self.sizes.text_config)

@@ -85,13 +85,17 @@ class CountedLanguageModel:
 
     Args:
         config: the `text_config` of a config.json.
+        model: a host's own, without weights; None: the Auto classes make it.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = AutoConfig.for_model(**config)
-        with torch.device("meta"):
-            self.model = AutoModel.from_config(self.config).eval()
+    def __init__(self, config: Mapping[str, Any], model: Any = None) -> None:
+        if model is None:
+            with torch.device("meta"):
+                model = AutoModel.from_config(AutoConfig.for_model(**config)).eval()
+        self.model, self.config = model, model.config
         self.model.set_attn_implementation("eager")  # its products are counted on every device
+        if self.model._can_set_experts_implementation():
+            self.model.set_experts_implementation("batched_mm")  # which asks no tensor for its contents
         self.width, self.vocabulary = self.config.hidden_size, self.config.vocab_size
         self._counts: dict[tuple[int, int], int] = {}
 
@@ -136,6 +140,10 @@ class CountedHost:
         settings |= {"width": self.config.frame_width, "text_config": self.config.get_text_config().to_dict()}
         self.sizes = Sizes(**settings)
         self._counts: dict[int, int] = {}
+
+    def language_model(self) -> CountedLanguageModel:
+        """Returns the host's language model, which may be of a kind that the Auto classes don't know."""
+        return CountedLanguageModel(self.sizes.text_config, self.model.language_model)
 
     def window(self, mel_frames: int) -> int:
         """Returns the operations of encoding one window with so many mel frames of audio."""
