@@ -90,6 +90,8 @@ HOSTS = (
     _host("Voxtral", "voxtral", "voxtral"),
     _host("Qwen3ASR", "qwen3_asr", "qwen3_asr"),
     _host("GraniteSpeech", "granite_speech", "granite_speech"),
+    _host("Qwen2_5Omni", "qwen2_5_omni", "qwen2_5_omni", "qwen2_5_omni_thinker"),
+    _host("Qwen3Omni", "qwen3_omni", "qwen3_omni_moe", "qwen3_omni_moe_thinker"),
 )
 
 

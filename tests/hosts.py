@@ -17,6 +17,8 @@ TEXT = {**SIZES, "hidden_size": 24, "num_key_value_heads": 1, "max_position_embe
 WHISPER = {**SIZES, "num_mel_bins": 80, "hidden_size": 16}
 QWEN3_ENCODER = {"encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "d_model": 16}
 CHATML = ("<|im_start|>", "<|im_end|>")
+THINKER = {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}}
+VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 24}
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,9 @@ class TinyHost:
         """Skips the test where the transformers that is installed lacks the host."""
         try:
             getattr(transformers, self.stock)
-        except AttributeError:
-            pytest.skip(f"transformers {transformers.__version__} has no {self.stock}")
+            self.host.load()
+        except (AttributeError, ValueError) as error:
+            pytest.skip(f"transformers {transformers.__version__} has no {self.stock} as ours needs it: {error}")
 
     def tokenizer(self) -> Qwen2Tokenizer:
         """One token per byte and the special tokens."""
@@ -126,6 +129,33 @@ TINY_HOSTS = (
         tokens=("<|audio_pad|>", "<|audio_start|>", "<|audio_end|>", *CHATML),
         fields={"pad_token_id": 0, "eos_token_id": 1},
         extractor="Qwen3ASRFeatureExtractor",
+        joined=True,
+        frames=390,
+    ),
+    TinyHost(
+        model_type="qwen2_5_omni_thinker",
+        stock="Qwen2_5OmniThinkerForConditionalGeneration",
+        audio={"num_mel_bins": 80, **QWEN3_ENCODER, "output_dim": 24, "initializer_range": 0.3},
+        text=THINKER,
+        tokens=("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", *CHATML),
+        fields={"vision_config": {**VISION, "fullatt_block_indexes": [0]}, "vision_start_token_id": 3},
+        mask="feature_attention_mask",
+        joined=True,
+    ),
+    TinyHost(
+        model_type="qwen3_omni_moe_thinker",
+        stock="Qwen3OmniMoeThinkerForConditionalGeneration",
+        audio={
+            "num_mel_bins": 80,
+            **QWEN3_ENCODER,
+            "output_dim": 24,
+            "downsample_hidden_size": 4,
+            "initializer_range": 0.3,
+        },
+        text={**THINKER, "head_dim": 12, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
+        tokens=("<|audio_pad|>", "<|audio_start|>", "<|audio_end|>", *CHATML),
+        fields={"vision_config": {**VISION, "deepstack_visual_indexes": [0]}, "vision_start_token_id": 3},
+        mask="feature_attention_mask",
         joined=True,
         frames=390,
     ),
