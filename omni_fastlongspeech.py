@@ -4,7 +4,7 @@ They hear, see images and videos, and give tokens positions on three axes (time,
 recording of any duration in short windows without padding, of mel features that are normalised over all of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -149,12 +149,21 @@ class OmniModel(PositionsByPlaceholders, HostModel):
 class OmniForConditionalGeneration(PositionsByPlaceholders, HostForConditionalGeneration):
     """A thinker; mix it in before the host's own class."""
 
-    # Names of a full Omni model, and of all checkpoints before transformers had a class for a thinker without a head.
+    # Names in a full Omni model, and those of all checkpoints before transformers had a thinker without a head.
     key_mapping = {
+        r"^(?:thinker\.)?(?:model\.)?(audio_tower|visual)\.": r"model.\1.",
+        r"^(?:thinker\.)?model\.(?!(?:language_model|audio_tower|visual|ctc_decoder)\.)": "model.language_model.",
         r"^thinker\.": "",
-        r"^(audio_tower|visual)\.": r"model.\1.",
-        r"^model\.(?!(?:language_model|audio_tower|visual|ctc_decoder)\.)": "model.language_model.",
     }
+    stock_mask = "feature_attention_mask"
+
+    @classmethod
+    def stock_inputs(cls, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns inputs as the stock class takes them: the windows of the recording in one row."""
+        named = super().stock_inputs(inputs)
+        for name in ("input_features", "feature_attention_mask"):
+            named[name] = torch.cat(list(named[name]), dim=-1)[None]
+        return named
 
     def forward(  # type: ignore[override]  # what generate may be given stands by name
         self,

@@ -10,6 +10,7 @@ recording are compared with those of transformers' own class on the source.
 
 import argparse
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,6 +126,8 @@ def convert(
     with torch.device("meta"):
         model: Any = host.model(config)
     shapes = {ours: weight.shape for ours, weight in model.state_dict().items()}
+    others = model._keys_to_ignore_on_load_unexpected or ()  # of other parts, such as a full Omni's talker
+    names = {ours: name for ours, name in names.items() if not any(re.search(part, ours) for part in others)}
     if config.tie_word_embeddings:
         _untie(model, config, shapes, names, stored)
     check_names(shapes, {ours: stored.shapes[stored_name] for ours, stored_name in names.items()}, has_ctc)

@@ -42,6 +42,10 @@ class Host:
         """Returns the checkpoint as transformers' own class reads it; a CTC decoder is left out."""
         kind = self.stock
         fields, _ = kind.config_class.get_config_dict(folder)
+        # Of a model of several parts, such as a full Omni, the part that `kind` reads.
+        parts = (part for part in fields.values() if isinstance(part, dict))
+        wanted = kind.config_class.model_type
+        fields = next((part for part in parts if part.get("model_type") == wanted), fields)
         config: Any = kind.config_class.from_dict({**fields, "model_type": kind.config_class.model_type})
         return kind.from_pretrained(folder, config=config, dtype=dtype).eval()
 

@@ -54,14 +54,15 @@ def stock_logits(
     ours = {host.rename(name).removeprefix("model."): name for name in stored.shapes}
     frames: list[Tensor] = []
     if CTC[2] in ours:
-        tower, projector = model.get_submodule(host.audio_tower), model.get_submodule(host.projector)
-        tower.layer_norm.register_forward_hook(lambda module, arguments, output: frames.append(output))
+        tower = model.get_submodule(host.audio_tower)
+        last_norm = getattr(tower, "layer_norm", None) or tower.ln_post
+        last_norm.register_forward_hook(lambda module, arguments, output: frames.append(output))
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
     found = {"logits": model(**host.model.stock_inputs(_to(inputs, device, dtype))).logits[0].float().cpu()}
     if CTC[2] in ours:
-        hidden = frames[0][0, : int((inputs["input_ids"] == model.config.audio_token_id).sum())]
-        hidden = hidden if CTC[0] in ours else projector(hidden)
+        hidden = frames[0].flatten(0, -2)[: int((inputs["input_ids"] == model.config.audio_token_id).sum())]
+        hidden = hidden if CTC[0] in ours else model.get_submodule(host.projector)(hidden)
         weights = [stored.read(ours[name]).to(device, dtype) for name in CTC if name in ours]
         hidden = F.linear(hidden, *weights[:-1]) if len(weights) == 3 else hidden
         found["ctc"] = F.linear(hidden, weights[-1]).float().cpu()
