@@ -57,7 +57,7 @@ AT_IMPORT = {
         "torch.no_grad",
     ),
     *("_at_least", "_one_of", "Windows", "_Layout", "RIFF._replace", "can_return_tuple", "property", "classmethod"),
-    *("staticmethod", "lru_cache", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault"),
+    *("staticmethod", "lru_cache", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault", "logging.getLogger", "vars"),
 }
 STATEMENTS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.AugAssign)
 
@@ -114,7 +114,7 @@ def faults(name: str, source: str) -> list[str]:
         if uses and function.name not in NETWORK.get(name, set()):
             found.append(f"reaches a network in {function.name}")
     for call in run_at_import(tree):
-        if call not in AT_IMPORT and not call.endswith((".register_for_auto_class", ".setter")):
+        if call not in AT_IMPORT and not call.endswith((".register_for_auto_class", ".setter", "Windows")):
             found.append(f"calls {call} when it is imported")
     for statement in tree.body:
         if not isinstance(statement, (*STATEMENTS, ast.Expr)):
