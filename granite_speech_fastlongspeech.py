@@ -72,7 +72,7 @@ class FastLongSpeechGraniteSpeechConfig(FastLongSpeechSettings, GraniteSpeechCon
     # A minute holds whole blocks of the encoder's attention (4 s) and of the Q-Former (0.3 s).
     windows = GraniteSpeechWindows(hop=320, mel_frames_per_frame=BLOCK // FRAMES)
 
-    tie_word_embeddings: bool | None = True
+    tie_word_embeddings: bool | None = True  # type: ignore[assignment]
 
     @property
     def audio_config(self: Any) -> Any:
@@ -93,7 +93,7 @@ class FastLongSpeechGraniteSpeechModel(HostModel, GraniteSpeechModel):
 
     def __init__(self, config: FastLongSpeechGraniteSpeechConfig) -> None:
         GraniteSpeechPreTrainedModel.__init__(self, config)
-        self.encoder = GraniteSpeechCTCEncoder(config.encoder_config)
+        self.encoder = GraniteSpeechCTCEncoder(config.encoder_config)  # type: ignore[arg-type]
         self.projector = GraniteSpeechEncoderProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         if config.summary_interval:

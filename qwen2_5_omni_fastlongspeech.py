@@ -1,5 +1,7 @@
 """Qwen2.5-Omni's thinker as a host: attention inside chunks of 2 s (25 Hz), a linear projector, and Qwen2.5."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
@@ -55,7 +57,7 @@ class FastLongSpeechQwen2_5OmniConfig(OmniSettings, Qwen2_5OmniThinkerConfig):
     model_class = "qwen2_5_omni_fastlongspeech.FastLongSpeechQwen2_5OmniForConditionalGeneration"
     windows = CHUNKS
 
-    tie_word_embeddings: bool | None = False  # as the thinker says; its text_config says True by default
+    tie_word_embeddings: bool | None = False  # type: ignore[assignment]  # as the thinker says; its text_config says True by default
     vision_start_token_id: int = 151_652  # for positions beside images; transformers has no default
 
 
@@ -74,7 +76,8 @@ class FastLongSpeechQwen2_5OmniEncoder(Qwen2_5OmniAudioEncoder):
                 f"audio_config.n_window must be 100, chunks of 2 s, got {config.n_window}; set it to 100."
             )
         super().__init__(config)
-        self.layers = nn.ModuleList([WhisperEncoderLayer(config) for _ in range(config.encoder_layers)])
+        like_whisper: Any = config
+        self.layers = nn.ModuleList([WhisperEncoderLayer(like_whisper) for _ in range(config.encoder_layers)])
         self.post_init()
 
     def forward(self, input_features: Tensor, mel_frames: Tensor) -> BaseModelOutput:
@@ -108,7 +111,7 @@ class FastLongSpeechQwen2_5OmniEncoder(Qwen2_5OmniAudioEncoder):
         return BaseModelOutput(last_hidden_state=self.avg_pooler(hidden_states.transpose(1, 2)).transpose(1, 2))
 
 
-class FastLongSpeechQwen2_5OmniModel(OmniModel, Qwen2_5OmniThinkerModel):
+class FastLongSpeechQwen2_5OmniModel(OmniModel, Qwen2_5OmniThinkerModel):  # type: ignore[misc]
     """Encoders of audio and of what is seen, CTC decoder and language model, without a language modelling head."""
 
     config: FastLongSpeechQwen2_5OmniConfig
@@ -124,7 +127,7 @@ class FastLongSpeechQwen2_5OmniModel(OmniModel, Qwen2_5OmniThinkerModel):
         self.audio_tower = FastLongSpeechQwen2_5OmniEncoder._from_config(config.audio_config)
         self.visual = Qwen2_5OmniVisionEncoder._from_config(config.vision_config)
         self.language_model = Qwen2_5OmniThinkerTextModel._from_config(config.text_config)
-        self.spatial_merge_size = config.vision_config.spatial_merge_size
+        self.spatial_merge_size = config.vision_config.spatial_merge_size  # type: ignore[union-attr]
         self.rope_deltas = None
         self.add_ctc_decoder()
 
@@ -142,7 +145,7 @@ class FastLongSpeechQwen2_5OmniForConditionalGeneration(
     def __init__(self, config: FastLongSpeechQwen2_5OmniConfig) -> None:
         Qwen2_5OmniPreTrainedModel.__init__(self, config)
         self.model = FastLongSpeechQwen2_5OmniModel(config)
-        self.spatial_merge_size = config.vision_config.spatial_merge_size
+        self.spatial_merge_size = config.vision_config.spatial_merge_size  # type: ignore[union-attr]
         self.add_head()
 
 

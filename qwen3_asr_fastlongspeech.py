@@ -60,7 +60,7 @@ class FastLongSpeechQwen3ASRConfig(FastLongSpeechSettings, Qwen3ASRConfig):  # t
     model_class = "qwen3_asr_fastlongspeech.FastLongSpeechQwen3ASRForConditionalGeneration"
     windows = Qwen3ASRWindows(**vars(QWEN3_WINDOWS))
 
-    tie_word_embeddings: bool | None = True
+    tie_word_embeddings: bool | None = True  # type: ignore[assignment]
 
 
 class FastLongSpeechQwen3ASREncoder(Qwen3Encoder, Qwen3ASREncoder):

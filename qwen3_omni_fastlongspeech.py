@@ -42,7 +42,7 @@ class FastLongSpeechQwen3OmniConfig(OmniSettings, Qwen3OmniMoeThinkerConfig):
     model_class = "qwen3_omni_fastlongspeech.FastLongSpeechQwen3OmniForConditionalGeneration"
     windows = QWEN3_WINDOWS
 
-    tie_word_embeddings: bool | None = False
+    tie_word_embeddings: bool | None = False  # type: ignore[assignment]
     vision_start_token_id: int = 151_652  # for positions beside images; transformers has no default
 
 
@@ -52,7 +52,7 @@ class FastLongSpeechQwen3OmniEncoder(Qwen3Encoder, Qwen3OmniMoeAudioEncoder):
     _no_split_modules = ["WhisperEncoderLayer"]
 
 
-class FastLongSpeechQwen3OmniModel(OmniModel, Qwen3OmniMoeThinkerModel):
+class FastLongSpeechQwen3OmniModel(OmniModel, Qwen3OmniMoeThinkerModel):  # type: ignore[misc]
     """Encoders of audio and of what is seen, CTC decoder and language model, without a language modelling head."""
 
     config: FastLongSpeechQwen3OmniConfig
@@ -68,7 +68,7 @@ class FastLongSpeechQwen3OmniModel(OmniModel, Qwen3OmniMoeThinkerModel):
         self.audio_tower = FastLongSpeechQwen3OmniEncoder._from_config(config.audio_config)
         self.visual = Qwen3OmniMoeVisionEncoder._from_config(config.vision_config)
         self.language_model = Qwen3OmniMoeThinkerTextModel._from_config(config.text_config)
-        self.spatial_merge_size = config.vision_config.spatial_merge_size
+        self.spatial_merge_size = config.vision_config.spatial_merge_size  # type: ignore[union-attr]
         self.rope_deltas = None
         self.add_ctc_decoder()
 
@@ -87,7 +87,7 @@ class FastLongSpeechQwen3OmniForConditionalGeneration(
     def __init__(self, config: FastLongSpeechQwen3OmniConfig) -> None:
         Qwen3OmniMoePreTrainedModel.__init__(self, config)
         self.model = FastLongSpeechQwen3OmniModel(config)
-        self.spatial_merge_size = config.vision_config.spatial_merge_size
+        self.spatial_merge_size = config.vision_config.spatial_merge_size  # type: ignore[union-attr]
         self.add_head()
 
 

@@ -71,7 +71,7 @@ class FastLongSpeechVoxtralModel(HostModel, VoxtralModel):
     """Audio encoder, CTC decoder, projector and language model, without a language modelling head."""
 
     config: FastLongSpeechVoxtralConfig
-    _no_split_modules = ["VoxtralEncoderLayer", "FastLongSpeechCTCDecoder"]
+    _no_split_modules: Any = ["VoxtralEncoderLayer", "FastLongSpeechCTCDecoder"]
 
     def __init__(self, config: FastLongSpeechVoxtralConfig) -> None:
         VoxtralPreTrainedModel.__init__(self, config)

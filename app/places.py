@@ -47,12 +47,12 @@ def find_place(heard: Sequence[Sequence[Word]], question: str, answer: str) -> P
     for first, (number, begin, _) in enumerate(found):
         within: dict[str, float] = {}
         end = begin.end
-        for other, word, of_word in found[first:]:
-            if other != number or word.end - begin.start > STRETCH_SECONDS:
+        for other, later, of_word in found[first:]:
+            if other != number or later.end - begin.start > STRETCH_SECONDS:
                 break
             for text, count in of_word:
                 if count > within.get(text, 0.0):
-                    within[text], end = count, word.end
+                    within[text], end = count, later.end
         if sum(within.values()) > best:
             best, place = sum(within.values()), Place(number, begin.start, end)
     return place

@@ -2,10 +2,10 @@
 
 from difflib import SequenceMatcher
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from .. import EncodedRecordings, FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
+    from .. import EncodedRecordings
 
 WORD_STARTS = ("▁", "Ġ")  # how SentencePiece and byte-level tokenizers mark the first piece of a word
 ALIKE = 0.5  # share of letters from which two words may be the same one, misspelt by the CTC decoder
@@ -21,8 +21,8 @@ class Word(NamedTuple):
 
 
 def ctc_words(
-    model: "FastLongSpeechForConditionalGeneration",
-    processor: "FastLongSpeechProcessor",
+    model: Any,
+    processor: Any,
     encoded: "EncodedRecordings",
 ) -> list[list[Word]]:
     """Returns the words that the CTC decoder hears in each recording, from the first frame of each word to its last.
@@ -124,7 +124,7 @@ def plain(word: str) -> str:
     return "".join(letter for letter in word.lower() if letter.isalnum())
 
 
-def _starts_word(processor: "FastLongSpeechProcessor", piece: int) -> bool:
+def _starts_word(processor: Any, piece: int) -> bool:
     if processor.ctc_tokenizer is not None:
         return processor.ctc_tokenizer.id_to_piece(piece).startswith(WORD_STARTS)
     return processor.tokenizer.convert_ids_to_tokens(piece).startswith(WORD_STARTS)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from .tasks import find_recording
 
@@ -162,7 +162,7 @@ def _openasqa_clip(row: dict[str, Any], request: Request) -> Clip:
         dropped = f"a question that is not open-ended ({task})"
     elif not dataset.lower().startswith(SPEECH_OF_OPENASQA):
         dropped = f"not about speech ({dataset})"
-    path = row["audio_id"] if dropped else find_recording(request.audio_root, row["audio_id"])
+    path = row["audio_id"] if dropped else find_recording(cast(Path, request.audio_root), row["audio_id"])
     fields = {"question": row["instruction"], "answer": row["output"], "source": dataset}
     return Clip(Path(row["audio_id"]).stem, path, fields, dropped)
 
@@ -182,7 +182,7 @@ def read_librisqa(request: Request) -> Iterator[Clip]:
 def _librisqa_clip(row: dict[str, Any], request: Request) -> Clip:
     question = row["question"] if request.split.startswith("partI.") else row["question_and_option"]
     answer = row["answer"] if request.split.startswith("partI.") else row["answer_and_analysis"]
-    path = find_recording(request.audio_root, row["speech_path"])
+    path = find_recording(cast(Path, request.audio_root), row["speech_path"])
     return Clip(Path(row["speech_path"]).stem, path, {"question": question, "answer": answer})
 
 

@@ -126,7 +126,7 @@ def _work(
     waiting = enumerate(islice(clips, len(done), None), len(done))  # the order is the same in every run
     with ThreadPoolExecutor() as pool, tqdm(desc=name, unit="clip", initial=len(done), disable=None) as bar:
         while held < wanted and (chunk := list(islice(waiting, CHUNK))):
-            lines = pool.map(lambda numbered: _measure(*numbered, arguments, name), chunk)
+            lines = pool.map(lambda numbered: _measure(numbered[0], numbered[1], arguments, name), chunk)
             for line in lines:
                 if held >= wanted:
                     break

@@ -6,13 +6,14 @@ BASE is the model that an adapter is for.
 """
 
 import sys
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 repo, commit, recording, output = sys.argv[1:5]
-options = {"trust_remote_code": True}
+options: Any = {"trust_remote_code": True}
 if len(sys.argv) > 5:
     from peft import AutoPeftModelForCausalLM
 

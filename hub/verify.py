@@ -49,7 +49,8 @@ def stock_logits(
         inputs: as `make_inputs` returns them.
         dtype, device: what to compute in and on.
     """
-    model: Any = host.load_stock(folder, dtype).to(device)
+    model: Any = host.load_stock(folder, dtype)
+    model = model.to(device)
     stored = StoredWeights(folder)
     ours = {host.rename(name).removeprefix("model."): name for name in stored.shapes}
     frames: list[Tensor] = []

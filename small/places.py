@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="JSON lines, one for each question")
     arguments = parser.parse_args(argv)
     session = Session(arguments.model, dtype=arguments.dtype, max_new_tokens=40)
-    session.model.set_attn_implementation("eager")  # the only one that returns what it attends to
+    model: Any = session.model
+    model.set_attn_implementation("eager")  # the only one that returns what it attends to
     rows = []
     for recording in tqdm(recordings(arguments.speech)):
         heard = session.listen({"array": recording["samples"], "sampling_rate": RATE})

@@ -174,7 +174,8 @@ def report(results: dict[str, Any]) -> str:
                 line[-2] += " (to the transcript, which is too long for the language model)"
         scored = [row for row in results["scores"] if row["way"] == name]
         values = [(value, row["recording"]) for row in scored for value in row["f1"]]
-        line.append(percent(mean_with_interval(*zip(*values, strict=True))) if values else "–")
+        interval = mean_with_interval([value for value, _ in values], [recording for _, recording in values])
+        line.append(percent(interval))
         errors = [row["word_errors"] for row in scored if row["word_errors"]]
         line.append(f"{100 * sum(e for e, _ in errors) / sum(n for _, n in errors):.1f}" if errors else "–")
         lines.append(line)
@@ -205,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, metavar="FILE", help="Markdown page to write the table into")
     arguments = parser.parse_args(argv)
     device = find_device(arguments.device)
-    rivals = {name: Whisper(arguments.whisper, device, name) for name in TYPES}
+    rivals: dict[str, Callable[[str], str]] = {name: Whisper(arguments.whisper, device, name) for name in TYPES}
     model, processor = load_model(arguments.model, device, arguments.dtype)
     found = ways(model, processor, rivals)
     results = {

@@ -157,8 +157,8 @@ def test_every_weight_is_there_once_and_in_small_files(converted: Path, released
     for name in set(index.values()):
         after |= load_file(converted / name)
     assert len(after) == len(before) == len(index)
-    assert sum(weight.double().sum() for weight in after.values()) == pytest.approx(
-        sum(weight.double().sum() for weight in before.values()).item()
+    assert sum(float(weight.double().sum()) for weight in after.values()) == pytest.approx(
+        sum(float(weight.double().sum()) for weight in before.values())
     )
     _, info = Model.from_pretrained(converted, output_loading_info=True)
     assert not any(info.values())
@@ -302,7 +302,8 @@ def test_the_command_converts(vanilla: Path, tmp_path: Path, capsys: pytest.Capt
 def test_a_stopped_run_goes_on_where_it_was(
     released: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, written = storing.save_file, []
+    save = storing.save_file
+    written: list[Path] = []
 
     def stop(weights: Any, path: Path, **options: Any) -> None:
         if len(written) == 2:

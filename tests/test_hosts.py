@@ -49,6 +49,7 @@ def vanilla(tiny: TinyHost, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def loaded(tiny: TinyHost, vanilla: Path) -> SimpleNamespace:
     """The same as a model of ours, with a CTC decoder of 12 pieces that weighs frames, and the processor."""
+    model: Any
     model, processor = load_model(str(vanilla), "cpu")
     torch.manual_seed(1)
     model.model.reset_ctc_decoder(12)

@@ -10,7 +10,8 @@ import torch
 from conftest import RATE, speech
 from transformers import Qwen2Tokenizer, WhisperFeatureExtractor
 
-from fastlongspeech import FastLongSpeechQwen2_5OmniProcessor, mel_fastlongspeech
+from fastlongspeech import mel_fastlongspeech
+from fastlongspeech.qwen2_5_omni_fastlongspeech import FastLongSpeechQwen2_5OmniProcessor
 
 CHUNK = 200  # mel frames: 2 s
 PROMPT = "<|audio_bos|><|AUDIO|><|audio_eos|>What is said?"

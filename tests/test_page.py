@@ -37,7 +37,7 @@ def address(session) -> Iterator[str]:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     page = build(session)
     launch(page, prevent_thread_lock=True, quiet=True, server_port=None)
-    yield page.local_url
+    yield str(page.local_url)
     page.close()
 
 

@@ -1,6 +1,7 @@
 """The table of what summaries save: counted at the sizes of 7B, measured on a model that runs."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import DynamicCache
 
@@ -24,7 +25,7 @@ def test_the_tables_are_counted_and_measured(checkpoint: Path, tmp_path: Path, c
 
 def test_what_is_measured_is_what_is_counted(checkpoint: Path) -> None:
     model = FastLongSpeechForConditionalGeneration.from_pretrained(checkpoint, summary_interval=48).eval()
-    counter = ModelCost(model.config)
+    counter: Any = ModelCost(model.config)
     for length, ratio in ((750, 4), (375, 8)):
         cost = counter.recording(8.0, length, "summary", compression_ratio=ratio)
         size, most, operations = summaries.measure(model.model, 200, length, ratio)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import av
 import pytest
@@ -43,7 +44,8 @@ def test_ffmpeg_reads_the_times_and_texts(write, name, tmp_path: Path):
     path.write_text(write(CUES), encoding="utf-8")
     with av.open(str(path)) as file:
         packets = [packet for packet in file.demux(file.streams.subtitles[0]) if packet.size]
-    read = [(float(p.pts * p.time_base), float((p.pts + p.duration) * p.time_base)) for p in packets]
+    times: list[Any] = [(p.pts, p.duration, p.time_base) for p in packets]
+    read = [(float(start * unit), float((start + length) * unit)) for start, length, unit in times]
     assert read == [(0.5, 2.25), (3600.0, 3661.042)]
     lines = bytes(packets[1]).decode().split("\n")
     assert " ".join(lines) == CUES[1].text and max(map(len, lines)) <= 42

@@ -211,7 +211,7 @@ class FeatureCache:
 
 def checksum(frames: Tensor) -> int:
     """Returns the CRC-32 of frames in bfloat16."""
-    return zlib.crc32(frames.contiguous().view(torch.int16).numpy())
+    return zlib.crc32(frames.contiguous().view(torch.int16).numpy().data)
 
 
 def describe_encoder(model: Any, processor: ProcessorMixin, precision: str) -> str:
