@@ -21,6 +21,7 @@ MODULES = {
     "convert": ("fastlongspeech.hub.convert", "train", "bring the weights of others into a complete folder of ours"),
     "prepare": ("fastlongspeech.data.prepare", "train", "make a manifest of a published dataset"),
     "check-data": ("fastlongspeech.data.check", "train", "find what is wrong with a manifest before training does"),
+    "serve": ("fastlongspeech.serve.command", "serve", "answer the clients of OpenAI's interface over HTTP"),
     "push": ("fastlongspeech.hub.push", "train", "publish a model on a Hub, and try what was published"),
     "evaluate": ("fastlongspeech.evaluation.run", "eval", "score a model on a benchmark"),
     "page": ("fastlongspeech.app.page", "page", "serve a page to ask and to see what the model keeps"),
