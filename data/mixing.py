@@ -3,10 +3,10 @@
     librispeech-train.jsonl: 1        # path, relative to this file: weight
     mls-train.jsonl: 3
 
-An epoch has as many samples as there are rows in all. A source gives its share of them: of a small source with a large
-weight every row comes several times, of a large one with a small weight a part, the next part in the next epoch. All
-rows of a source are taken before one comes again. The order depends on the seed and the epoch alone, so that a resumed
-run goes on in it.
+Without weights, every row comes once in an epoch. With them, an epoch has as many samples as there are rows in all,
+and a source gives its share: of a small source with a large weight every row comes several times, of a large one
+with a small weight a part, the next part in the next epoch. All rows of a source are taken before one comes again.
+The order depends on the seed and the epoch alone, so that a resumed run goes on in it.
 """
 
 from __future__ import annotations
@@ -91,21 +91,27 @@ def load_training_rows(source: str, columns: Sequence[str]) -> Any:
         return load_rows(source, columns)
     weights = read_mixture(source)
     parts = [load_rows(name, columns) for name in weights]
-    return MixedRows(parts, list(weights), Mixture([len(part) for part in parts], list(weights.values())))
+    sizes = [len(part) for part in parts]
+    shares = [size if weight is None else weight for size, weight in zip(sizes, weights.values(), strict=True)]
+    return MixedRows(parts, list(weights), Mixture(sizes, shares))
 
 
-def read_mixture(path: str) -> dict[str, float]:
-    """Returns the weights of the sources that a YAML file names, their paths made whole.
+def read_mixture(path: str) -> dict[str, float | None]:
+    """Returns the weights of the sources that a YAML file names, their paths made whole; None where it has no weights.
 
     Raises:
-        ValueError: it names none, or a weight is no positive number.
+        ValueError: it names none, a weight is no positive number, or only some have one.
     """
     import yaml
 
     found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{path} names no sources; write lines of `manifest.jsonl: weight`.")
+    if all(weight is None for weight in found.values()):
+        return dict.fromkeys(str(Path(path).parent / str(name)) for name in found)
     for name, weight in found.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
-            raise ValueError(f"{path} gives {name} the weight {weight!r}; it must be a positive number.")
+            raise ValueError(
+                f"{path} gives {name} the weight {weight!r}; it must be a positive number; give all one, or none."
+            )
     return {str(Path(path).parent / str(name)): float(weight) for name, weight in found.items()}

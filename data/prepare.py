@@ -105,7 +105,7 @@ def _open_journal(journal: Path, settings: dict[str, str]) -> list[dict[str, Any
         content = journal.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         os.truncate(journal, len(whole))
-        lines = [json.loads(line) for line in whole.decode().splitlines()]
+        lines = _parse(whole.decode())
         if lines:
             if lines[0] != settings:
                 raise ValueError(
@@ -145,8 +145,12 @@ def _work(
 
 
 def _last_bad(journal: str) -> str:
-    lines = Path(journal).read_text(encoding="utf-8").splitlines()[1:]
-    return next((row["audio"] for row in map(json.loads, reversed(lines)) if row.get("dropped") in BAD), "")
+    lines = _parse(Path(journal).read_text(encoding="utf-8"))[1:]
+    return next((row["audio"] for row in reversed(lines) if row.get("dropped") in BAD), "")
+
+
+def _parse(content: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in content.split("\n") if line]  # splitlines would split within texts, at U+2028
 
 
 def _measure(number: int, clip: Clip, arguments: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -181,7 +185,7 @@ def _measure(number: int, clip: Clip, arguments: argparse.Namespace, name: str) 
 
 def _finish(journal: Path, manifest: Path, settings: dict[str, str], corpus: Corpus) -> dict[str, Any]:
     """Writes the manifest, the summary and the list of what was dropped; returns the summary."""
-    lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()[1:]]
+    lines = _parse(journal.read_text(encoding="utf-8"))[1:]
     rows, dropped = [r for r in lines if "dropped" not in r], [r for r in lines if "dropped" in r]
     if not rows:
         raise ValueError(

@@ -37,7 +37,7 @@ def prepare(output: Path, *arguments: object) -> tuple[list[dict[str, Any]], dic
     command.main([*map(str, arguments), "--output", str(output)])
     (summary,) = output.glob("*.summary.json")
     manifest = summary.with_name(summary.name.replace(".summary.json", ".jsonl"))
-    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").split("\n") if line]
     columns = QA if "question" in rows[0] else ASR
     assert load_rows(manifest, columns).durations == pytest.approx([row["duration"] for row in rows], abs=1e-3)
     assert not list(output.glob("*.journal"))
@@ -265,7 +265,7 @@ def test_common_voice_as_a_copy_on_the_hub_has_it(tmp_path):
 
 @pytest.mark.parametrize("hub", [False, True])
 def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, hub):
-    clips = {f"common_voice_en_{n}": (0.5 if n % 3 else 31.0, f"sentence {n}") for n in range(7)}
+    clips = {f"common_voice_en_{n}": (0.5 if n % 3 else 31.0, f"sentence\u2028 {n}") for n in range(7)}
     source = save_common_voice(tmp_path / "cv", "train", clips)
     if hub:
         audio = {
@@ -290,7 +290,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, hub):
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path / "out", "common-voice", "--source", source)
     journal = tmp_path / "out" / "common-voice-train.journal"
-    assert len(journal.read_text().splitlines()) == 1 + 5
+    assert journal.read_text(encoding="utf-8").count("\n") == 1 + 5
     with open(journal, "a") as file:
         file.write('{"audio": "../cv/cl')  # cut off by the stop
     assert prepare(tmp_path / "out", "common-voice", "--source", source)[0] == whole

@@ -70,6 +70,9 @@ def test_a_yaml_file_names_manifests_and_their_weights(data, tmp_path):
     assert rows.durations == pytest.approx(CLIP_SECONDS[1:4])
     assert rows.places == [f"{tmp_path / 'a.jsonl'}, line 1"] + [f"{tmp_path / 'b.jsonl'}, line {n}" for n in (1, 2)]
     assert rows[8 // 4, 2] == rows[2] | {"step": 2} and rows.at(5)[0]["target_length"] == 5
+    (tmp_path / "mix.yaml").write_text("a.jsonl:\nb.jsonl:\n")
+    mixture = load_training_rows(str(tmp_path / "mix.yaml"), ASR).mixture
+    assert sorted(mixture.rows_of(0, 3).tolist()) == [0, 1, 2]  # without weights every row once
     (tmp_path / "mix.yaml").write_text("a.jsonl: -1\n")
     with pytest.raises(ValueError, match="gives a.jsonl the weight -1; it must be a positive number"):
         load_training_rows(str(tmp_path / "mix.yaml"), ASR)

@@ -182,7 +182,7 @@ class ReportBadSamples(TrainerCallback):
         """Returns what was skipped, once for every step and row: steps after the last checkpoint may come again."""
         if not self.journal.exists():
             return []
-        lines = map(json.loads, self.journal.read_text(encoding="utf-8").splitlines())
+        lines = [json.loads(line) for line in self.journal.read_text(encoding="utf-8").split("\n") if line]
         return list({(line["step"], line["place"]): line for line in lines}.values())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
