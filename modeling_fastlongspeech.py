@@ -8,7 +8,6 @@ in `extractor_fastlongspeech.py` (windows to embeddings), `prompts_fastlongspeec
 
 from torch import Tensor
 from transformers import AutoModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 from transformers.models.qwen2_audio.modeling_qwen2_audio import (
     Qwen2AudioEncoder,
     Qwen2AudioForConditionalGeneration,
@@ -55,7 +54,6 @@ class FastLongSpeechForConditionalGeneration(HostForConditionalGeneration, Qwen2
 
     config: FastLongSpeechConfig
     stock_mask = "feature_attention_mask"
-    _tp_plan = Qwen2ForCausalLM._tp_plan  # of the head
 
     def __init__(self, config: FastLongSpeechConfig) -> None:
         Qwen2AudioPreTrainedModel.__init__(self, config)

@@ -1,6 +1,7 @@
 """Runs transformers' own `ModelTesterMixin` and `ProcessorTesterMixin` on the classes of this package.
 
-    python tests/transformers_suites/run.py [arguments for pytest]
+    python tests/transformers_suites/run.py [arguments for pytest]          # Qwen2-Audio and ours on it
+    python tests/transformers_suites/run.py hosts [arguments for pytest]    # the other hosts; takes minutes
 
 The mixins come from the source distribution of the *installed* transformers, downloaded by pip once and kept in
 `.cache/` of the repository. It holds the test files of the top level only; `STAND_INS` replaces the helper modules
@@ -61,5 +62,6 @@ def unpack_suites() -> Path:
 
 if __name__ == "__main__":
     options = ["--rootdir", str(HERE), "-c", str(HERE / "pytest.ini"), "-o", f"pythonpath={unpack_suites()}"]
-    suites = [str(HERE / f"suite_{what}.py") for what in ("modeling", "processing", "hosts")]
-    sys.exit(pytest.main([*options, *sys.argv[1:], *suites]))
+    arguments = [argument for argument in sys.argv[1:] if argument != "hosts"]
+    names = ["hosts"] if len(arguments) < len(sys.argv) - 1 else ["modeling", "processing"]
+    sys.exit(pytest.main([*options, *arguments, *(str(HERE / f"suite_{name}.py") for name in names)]))

@@ -7,6 +7,7 @@ from unittest.mock import patch
 import torch
 import transformers
 from suite_modeling import CONVERSIONS, SUBMODEL_CONVERSION
+from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 
 from fastlongspeech.app.hosts import HOSTS
@@ -62,7 +63,7 @@ class HostTester:
         return self.get_config(), inputs
 
 
-class HostTests(ModelTesterMixin):
+class HostTests(ModelTesterMixin, GenerationTesterMixin):
     """What the suite has to know of any host."""
 
     _is_composite = True
