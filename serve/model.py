@@ -56,7 +56,7 @@ class HearingProcessor(Around):
             kwargs["recordings"] = EncodedRecordings(none, none, none, lengths)  # of which the prompt needs no more
             kwargs.setdefault("compression", self.compression)
         inputs = self.inner.apply_chat_template(plain, **kwargs)
-        inputs["visit"] = dataclasses.replace(visit, recordings={n: kept for n, kept in enumerate(asked)})
+        inputs["visit"] = dataclasses.replace(visit, recordings={str(n): one for n, one in enumerate(asked)})
         return inputs
 
     compression: str = "iterative_fusion"
