@@ -212,17 +212,22 @@ class OmniForConditionalGeneration(PositionsByPlaceholders, HostForConditionalGe
         )
 
     def prompt_positions(self, input_ids: Tensor, attention_mask: Tensor, options: dict[str, Any]) -> Tensor | None:
-        """Returns the positions of prompts with images or videos, `(3, B, S)`; None: they have none."""
+        """Returns the positions of prompts with images or videos, `(4, B, S)`; None: they have none.
+
+        The first row counts tokens, as transformers has it in generation.
+        """
         grids = {name: options.get(name) for name in ("image_grid_thw", "video_grid_thw")}
         if all(grid is None for grid in grids.values()):
             return None
-        return self.get_rope_index(
+        axes, _ = self.get_rope_index(
             input_ids,
             attention_mask=attention_mask,
             use_audio_in_video=bool(options.get("use_audio_in_video")),
             second_per_grids=options.get("video_second_per_grid"),
             **grids,
-        )[0]
+        )
+        tokens = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return torch.cat((tokens[None].to(axes), axes))
 
     @staticmethod
     def _refuse_other_caches(generation_config: Any, options: dict[str, Any]) -> None:

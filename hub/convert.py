@@ -200,7 +200,9 @@ def check_names(shapes: dict[str, Any], found: dict[str, Any], has_ctc: bool) ->
     if missing or unknown:
         raise ValueError(
             f"the source lacks {len(missing)} weights of the model and has {len(unknown)} that it does not know: "
-            f"{', '.join((missing + unknown)[:5])} ...; its config.json is of another model."
+            f"{', '.join((missing + unknown)[:5])} ...; its config.json is of another model, or "
+            "experts lie apart in it that the model has together: load it with from_pretrained and save it with "
+            "save_pretrained instead."
         )
     for name, shape in found.items():
         if tuple(shape) != tuple(shapes[name]):

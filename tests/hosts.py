@@ -35,6 +35,7 @@ class TinyHost:
         mask: what its own class calls `feature_attention_mask`; None: it takes none.
         joined: whether its own class takes the windows of a recording in one row.
         frames: its frames of 30 s.
+        converts: whether `convert` takes its checkpoints: those of experts hold each expert's weights apart.
     """
 
     model_type: str
@@ -47,6 +48,7 @@ class TinyHost:
     mask: str | None = "input_features_mask"
     joined: bool = False
     frames: int = 750
+    converts: bool = True
 
     @property
     def host(self) -> Host:
@@ -158,5 +160,6 @@ TINY_HOSTS = (
         mask="feature_attention_mask",
         joined=True,
         frames=390,
+        converts=False,
     ),
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny_omni import AUDIO, OMNIS, Omni, make_audio, make_prompts
 
 VOCODER = {"Qwen2_5Omni": "token2wav", "Qwen3OmniMoe": "code2wav"}
@@ -73,7 +73,6 @@ def test_the_configuration_of_a_full_model_may_be_given(omni: Omni, stock: Any, 
 @torch.no_grad()
 def test_saving_keeps_everything(omni: Omni, model: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
-    assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
     again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()) and again.config.ctc_trained
     inputs = make_audio(730, 190) | make_prompts([20], [9])

@@ -21,7 +21,7 @@ from tiny_omni import (
 from torch import Tensor
 
 PATCH = 3 * 2 * 4 * 4  # values of a patch: colours, frames, height, width
-SECONDS_PER_GRID = 1.5
+SECONDS_PER_GRID = 2.0
 Part = tuple[str, Any]
 
 # Prompts by their parts: how many tokens of text, placeholders of audio, or (time, height, width) of patches.
@@ -112,7 +112,7 @@ def test_positions_beside_images_and_videos(model: Any) -> None:
         )
         for row, parts in enumerate(prompts):
             expected = torch.tensor(positions_by_hand(parts)).T
-            assert torch.equal(positions[:, row, inputs["attention_mask"][row].bool()], expected)
+            assert torch.equal(positions[:, row, inputs["attention_mask"][row].bool()].long(), expected)
             assert int(deltas[row]) == int(expected.max()) + 1 - expected.shape[1]
 
 
