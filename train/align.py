@@ -33,7 +33,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
 from ..data.audio import open_part
-from ..data.manifests import SpeechRows, load_rows, refuse
+from ..data.manifests import SpeechRows, refuse
+from ..data.mixing import load_training_rows
+from ..data.streams import StreamRows
 from ..prompts_fastlongspeech import TRANSCRIBE
 from .batches import StepSampler, listen
 from .cache import MISSING, FeatureCache
@@ -149,6 +151,7 @@ class AlignTrainer(StageTrainer):
             args.seed if args.data_seed is None else args.data_seed,
             lambda: self.state.global_step,
             drop_last=args.dataloader_drop_last,
+            mixture=self.train_dataset.mixture,  # type: ignore[union-attr]
             max_steps=self.state.max_steps,
         )
 
@@ -307,8 +310,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{name} must be 0 or more, got {getattr(settings, name)}; correct it.")
     checkpoint = open_run(settings, training)
     with training.main_process_first(local=False):  # it reads the headers, and the others what it remembers of them
-        train_rows = load_rows(settings.train_data, ("audio", "text"))
-        eval_rows = load_rows(settings.eval_data, ("audio", "text")) if settings.eval_data else None
+        train_rows = load_training_rows(settings.train_data, ("audio", "text"))
+        eval_rows = load_training_rows(settings.eval_data, ("audio", "text")) if settings.eval_data else None
+    if isinstance(train_rows, StreamRows):
+        raise ValueError(f"train_data {settings.train_data} is a stream; stage 0 takes short clips first: prepare it.")
     texts = load_texts(settings.text_data) if settings.text_data else []
 
     processor = FastLongSpeechProcessor.from_pretrained(settings.model)
