@@ -240,7 +240,7 @@ class SummaryGenerationMixin(GenerationMixin):
             if opening not in read:
                 read[opening] = self._read_opening(parts, heard, kept, ratio)
             summaries.append(read[opening])
-        return SummarisedRecordings.cat(summaries)
+        return summaries[0] if len(summaries) == 1 else SummarisedRecordings.cat(summaries)
 
     def _read_opening(
         self, parts: list[tuple[bool, Tensor]], heard: list[Tensor], kept: Tensor, ratio: int | Sequence[int]
@@ -258,7 +258,8 @@ class SummaryGenerationMixin(GenerationMixin):
         counts = iter(kept.tolist())
         for audible, run in parts:
             if audible:
-                self.model.read_recording(cache, next(waiting), ratio)
+                for _ in self.model.read_recording(cache, next(waiting), ratio):
+                    pass  # the cache is all that is kept
                 run = run[:1].expand(next(counts))
             else:
                 self.model.read_tokens(cache, embed(run.to(embed.weight.device)))
@@ -328,6 +329,8 @@ class SummaryGenerationMixin(GenerationMixin):
 
     def _merge(self, caches: list[Any], width: int) -> DynamicCache:
         """Returns caches of one prompt each in one, padded on the left to so many tokens."""
+        if len(caches) == 1:  # an hour's should not be there twice
+            return caches[0]
         merged: Any = DynamicCache(config=self.config.get_text_config())
         if not width:
             return merged

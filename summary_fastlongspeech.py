@@ -12,9 +12,9 @@ is published, and its relatives Activation Beacon and Video-XL; see docs/speech-
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
+from .intervals_fastlongspeech import interleave, lay_out, see, summary_columns
 from .windows_fastlongspeech import summary_intervals
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -126,22 +127,6 @@ ATTENTIONS: dict[type, type] = {
 }
 
 
-class Layout(NamedTuple):
-    """Where the tokens of a prompt stand once its recordings have summary tokens, all `(N,)` int64.
-
-    Attributes:
-        source: the place of each token in the prompt as it was; -1 for a summary token.
-        interval: the number of its interval; -1 for text.
-        position: its rotary position while its own interval is read.
-        rank: its position in what stays: what a summary token moves to.
-    """
-
-    source: Tensor
-    interval: Tensor
-    position: Tensor
-    rank: Tensor
-
-
 class SpeechSummary:
     """What a host's inner model gets: `add_summary`, and the two ways to read recordings and sum them up."""
 
@@ -226,22 +211,21 @@ class SpeechSummary:
             **options,
         ).last_hidden_state[0]
 
-    def read_recording(self, cache: Any, embeddings: Tensor, ratio: int | Sequence[int]) -> list[Tensor]:
-        """Returns the hidden states of a recording's intervals; the cache keeps their summaries alone.
+    def read_recording(self, cache: Any, embeddings: Tensor, ratio: int | Sequence[int]) -> Iterator[Tensor]:
+        """Reads a recording, and yields the hidden states of each interval; the cache keeps their summaries alone.
 
         Args:
             cache: a `DynamicCache` of one prompt.
             embeddings: the recording's, `(n, hidden)`.
             ratio: embeddings for each summary token, one for all intervals or one for each.
         """
-        states = []
         for start, stop, of_interval in summary_intervals(len(embeddings), self.config.summary_interval, ratio):
             source, mask = interleave(stop - start, of_interval, embeddings.device)
             tokens = self._with_summaries(embeddings[start:stop], source)
             kept = cache.get_seq_length()
-            states.append(self.read_tokens(cache, tokens, mask))
+            states = self.read_tokens(cache, tokens, mask)
             compact(cache, kept, mask, self.language_model.rotary_emb.inv_freq)
-        return states
+            yield states
 
     # In one pass, without one
 
@@ -280,8 +264,8 @@ class SpeechSummary:
             for parts, fill in zip(zip(*layouts, strict=True), (0, -2, 0, 0), strict=True)
         )
         summaries = source < 0
-        columns, valid = _columns(summaries)
-        seen, remembered = _visible(interval, columns, valid)
+        columns, valid = summary_columns(summaries)
+        seen, remembered = see(interval, columns, valid)
         mask = torch.cat((seen, remembered), dim=2)[:, None].to(device)
         if implementation == "eager":
             lowest = torch.finfo(inputs_embeds.dtype).min
@@ -340,63 +324,6 @@ def check_language_model(language_model: Any) -> None:
         )
 
 
-def interleave(frames: int, ratio: int, device: Any = None) -> tuple[Tensor, Tensor]:
-    """Returns an interval's tokens: the place of each among its frames, -1 for a summary token, and which are these.
-
-    One follows every `ratio` frames; fewer at the end have one too.
-    """
-    groups = torch.arange(frames, device=device).split(ratio)
-    summary = torch.full((1,), -1, device=device)
-    source = torch.cat([part for group in groups for part in (group, summary)])
-    return source, source < 0
-
-
-def lay_out(real: Tensor, placeholders: Tensor, interval: int, ratio: int | Sequence[int]) -> Layout:
-    """Returns where the tokens of a prompt stand with its summary tokens among them.
-
-    Args:
-        real: `(S,)` bool, which places of the prompt hold a token.
-        placeholders: `(S,)` bool, which hold a recording's embedding.
-        interval, ratio: as in `summary_intervals`.
-    """
-    places = real.nonzero()[:, 0]
-    kinds, sizes = (placeholders & real)[places].unique_consecutive(return_counts=True)
-    parts: list[tuple[Tensor, ...]] = []
-    number = kept = 0
-    for is_audio, run in zip(kinds.tolist(), places.split(sizes.tolist()), strict=True):
-        if not is_audio:
-            ranks = kept + torch.arange(len(run))
-            parts.append((run, torch.full_like(run, -1), ranks, ranks))
-            kept += len(run)
-            continue
-        for start, stop, of_interval in summary_intervals(len(run), interval, ratio):
-            source, mask = interleave(stop - start, of_interval)
-            ranks = kept + mask.cumsum(0) - 1
-            source = torch.where(mask, source, run[start:stop][source.clamp(min=0)])
-            parts.append((source, torch.full_like(source, number), kept + torch.arange(len(source)), ranks))
-            number, kept = number + 1, kept + int(mask.sum())
-    return Layout(*(torch.cat(part) for part in zip(*parts, strict=True)))
-
-
-def _columns(summaries: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns where each row's summary tokens stand `(B, S)`, padded with 0, and which of these are no padding."""
-    counts = summaries.sum(1)
-    valid = torch.arange(int(counts.max())) < counts[:, None]
-    return torch.zeros(valid.shape, dtype=torch.int64).masked_scatter(valid, summaries.nonzero()[:, 1]), valid
-
-
-def _visible(interval: Tensor, columns: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns which tokens each token sees as they were read `(B, N, N)`, and which summaries as memory `(B, N, S)`.
-
-    What is before it: text and its own interval as they were read, the summaries of other intervals as memory.
-    """
-    place = torch.arange(interval.shape[1])
-    same = interval[:, :, None] == interval[:, None, :]
-    seen = (same | (interval == -1)[:, None, :]) & (place <= place[:, None])
-    other = interval[:, :, None] != interval.gather(1, columns)[:, None, :]
-    return seen, other & valid[:, None, :] & (columns[:, None, :] < place[:, None])
-
-
 def compact(cache: Any, first: int, mask: Tensor, inverse_frequencies: Tensor) -> None:
     """Keeps of the tokens that a cache has got since its length was `first` those of a mask, at consecutive positions.
 
@@ -430,4 +357,4 @@ def rotate(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (exact * cos[:, None] + rotate_half(exact) * sin[:, None]).to(keys.dtype)
 
 
-__all__ = ["SUMMARY_MODULES", "SpeechSummary", "SummaryAttention", "compact", "interleave"]
+__all__ = ["SUMMARY_MODULES", "SpeechSummary", "SummaryAttention", "compact"]

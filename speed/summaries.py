@@ -95,7 +95,7 @@ def measure(model: Any, frames: int, length: int, ratio: int) -> tuple[int, int,
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model.read_tokens(cache, text[:BEFORE])
             if ratio > 1:
-                model.read_recording(cache, embeddings, ratio)
+                list(model.read_recording(cache, embeddings, ratio))
             else:
                 model.read_tokens(cache, embeddings)
             model.read_tokens(cache, text[BEFORE:])

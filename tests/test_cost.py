@@ -402,7 +402,7 @@ def test_summing_up_costs_what_torch_counts():
     embeddings, cache = torch.randn(100, H), DynamicCache(config=config.get_text_config())
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.read_tokens(cache, embeddings[:20])
-        model.read_recording(cache, embeddings, 4)
+        list(model.read_recording(cache, embeddings, 4))
         model.read_tokens(cache, embeddings[:10])
     angles = [sum(n.values()) for name, n in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
     assert ModelCost(config).by_intervals(100, 4, text_tokens=30) == counter.get_total_flops() - sum(angles)

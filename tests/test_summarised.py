@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import AUDIO_TOKEN, speech
+from safetensors.torch import load_file, save_file
 from test_generation import answer
 from test_generation_strategies import NEW, ROWS, STRATEGIES, encoded, one_by_one, without_padding
+from test_remote_code import run_without_the_package
 from test_summary import with_summaries
 from transformers import DynamicCache
 
@@ -206,6 +208,32 @@ def test_the_processor_takes_summaries_for_recordings(checkpoint: Path) -> None:
         found = answer(model, dict(asked) | {"recordings": kept})
         whole = chat(question, audio, sampling_rate=16000, compression="summary")
         assert found == answer(model, dict(whole), **SUMMARY)
+
+
+FRESH_PROCESS = """
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForMultimodalLM
+
+    model = AutoModelForMultimodalLM.from_pretrained("model", trust_remote_code=True).eval()
+    inputs = load_file("inputs.safetensors")
+    options = {"compression": "summary", "compression_ratio": 4, "max_new_tokens": 6, "do_sample": False}
+    kept = model.summarise(**inputs, compression_ratio=4)
+    kept.save("kept.safetensors")
+    save_file({"answers": model.generate(**inputs, **options)}, "out.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_without_the_package_sums_up_alike(model: Model, batch: Inputs, tmp_path: Path) -> None:
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(tmp_path / "model")
+    save_file(batch, tmp_path / "inputs.safetensors")
+    run_without_the_package(tmp_path, FRESH_PROCESS)
+    (found,) = load_file(tmp_path / "out.safetensors").values()
+    assert found[:, -NEW:].tolist() == answer(model, batch, **SUMMARY)
+    prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    kept = SummarisedRecordings.load(tmp_path / "kept.safetensors")
+    assert answer(model, prompts | {"recordings": kept}) == found[:, -NEW:].tolist()
 
 
 # Refused

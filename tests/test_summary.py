@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGeneration
-from fastlongspeech.summary_fastlongspeech import PROJECTIONS, interleave
+from fastlongspeech.intervals_fastlongspeech import interleave
+from fastlongspeech.summary_fastlongspeech import PROJECTIONS
 from fastlongspeech.windows_fastlongspeech import count_summaries, summary_intervals
 
 Model = FastLongSpeechForConditionalGeneration
@@ -189,7 +190,7 @@ def test_one_interval_with_copied_projections_is_the_stock_model_on_the_same_tok
     with torch.no_grad():
         cache = DynamicCache(config=model.config.get_text_config())
         model.model.read_tokens(cache, before)
-        found = model.model.read_recording(cache, frames, 4)[0]
+        (found,) = model.model.read_recording(cache, frames, 4)
         torch.testing.assert_close(found, stock(inputs_embeds=tokens[None]).last_hidden_state[0, 3:])
 
 
