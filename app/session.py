@@ -145,6 +145,8 @@ class Session:
         if self.model.config.compression == "none":
             return lengths.tolist()
         target_length = self.model.config.target_length if target_length is None else target_length
+        if self.model.config.compression == "summary":
+            return self.model.config.windows.share(lengths.numpy(), target_length).tolist()
         return lengths.minimum(check_target_length(target_length, len(lengths))).tolist()
 
     def ask(
@@ -181,7 +183,11 @@ class Session:
             compression=compression,
         ).to(self.model.device)
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        options |= {"compression": compression, "stopping_criteria": StoppingCriteriaList(stopping)}
+        options |= {
+            "target_length": target_length,
+            "compression": compression,
+            "stopping_criteria": StoppingCriteriaList(stopping),
+        }
         streamer = None if say is None else Streamer(self.processor.tokenizer, say)
         with self._timed("answering"):
             ids = self.model.generate(**inputs, recordings=heard.encoded, streamer=streamer, **options)

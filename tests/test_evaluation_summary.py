@@ -11,6 +11,7 @@ from sklearn.metrics import f1_score
 
 from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
 from fastlongspeech.app import cli
+from fastlongspeech.app.session import Session
 from fastlongspeech.data.tasks import load_questions
 from fastlongspeech.evaluation import speech_xl
 from fastlongspeech.evaluation.scoring import macro_f1
@@ -58,6 +59,22 @@ def test_evaluate_answers_as_the_model_does(folder, questions, tmp_path, capsys)
         ids = model.generate(**inputs, **sizes, compression_ratio=4, **options)[0, inputs["input_ids"].shape[1] :]
         assert row["prediction"] == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["run"]["compression_ratio"] == 4
+
+
+def test_a_session_takes_the_length_of_30_seconds(folder, questions):
+    session = Session(folder, max_new_tokens=5)
+    session.model.config.compression = "summary"
+    heard = session.listen(questions.parent / "0.wav")
+    assert session.tokens(heard) == [100] and session.tokens(heard, 300) == [40]
+    answers = {length: session.ask(heard, "Who?", length).text for length in (None, 300)}
+    turn = {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "Who?"}]}
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "recordings": heard.encoded}
+    inputs = session.processor.apply_chat_template([turn], **options)
+    for length, text in answers.items():
+        ids = session.model.generate(
+            **inputs, recordings=heard.encoded, target_length=length, max_new_tokens=5, do_sample=False
+        )[0, inputs["input_ids"].shape[1] :]
+        assert session.processor.tokenizer.decode(ids, skip_special_tokens=True).strip() == text
 
 
 def test_a_ratio_is_for_summaries(capsys):
