@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import DynamicCache
 
 from fastlongspeech.app.cost import BEFORE, TEXT_TOKENS, ModelCost
+from fastlongspeech.app.counting import count
 from fastlongspeech.app.defaults import DEMO_MODEL
 from fastlongspeech.app.loading import load_model
 from fastlongspeech.app.markdown import insert_blocks, table
@@ -91,18 +91,21 @@ def measure(model: Any, frames: int, length: int, ratio: int) -> tuple[int, int,
     hook = model.language_model.register_forward_hook(watch)
     implementation = model.language_model.config._attn_implementation
     model.language_model.set_attn_implementation("eager")  # its products are counted on every device
+
+    def read() -> None:
+        model.read_tokens(cache, text[:BEFORE])
+        if ratio > 1:
+            list(model.read_recording(cache, embeddings, ratio))
+        else:
+            model.read_tokens(cache, embeddings)
+        model.read_tokens(cache, text[BEFORE:])
+
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model.read_tokens(cache, text[:BEFORE])
-            if ratio > 1:
-                list(model.read_recording(cache, embeddings, ratio))
-            else:
-                model.read_tokens(cache, embeddings)
-            model.read_tokens(cache, text[BEFORE:])
+        operations = count(read)
     finally:
         hook.remove()
         model.language_model.set_attn_implementation(implementation)
-    return size(), most, counter.get_total_flops()
+    return size(), most, operations
 
 
 def measured(folder: str | Path, durations: Sequence[int]) -> list[list[str]]:
