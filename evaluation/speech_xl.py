@@ -14,6 +14,7 @@ To go on after an interruption, give the same command again. In the end the tabl
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -122,10 +123,17 @@ def kept_tokens(counter: ModelCost, frames: int, method: str, ratio: int) -> int
 def summarise_results(
     rows: Sequence[dict[str, Any]], counter: ModelCost, ratios: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Returns the score, the tokens kept and the operations of every condition on every data set."""
+    """Returns the score, the tokens kept and the operations of every condition on every data set.
+
+    A recording counts where every condition has been asked about it.
+    """
     results = []
     for name in dict.fromkeys(row["data"] for row in rows):
-        of_data = [row for row in rows if row["data"] == name]
+        asked_about = Counter(row["recording"] for row in rows if row["data"] == name)
+        whole = {recording for recording, count in asked_about.items() if count == len(conditions(ratios))}
+        of_data = [row for row in rows if row["data"] == name and row["recording"] in whole]
+        if not of_data:
+            continue
         frames = round(mean({row["recording"]: row["frames"] for row in of_data}.values()))
         for method, ratio in conditions(ratios):
             asked = [row for row in of_data if (row["method"], row["ratio"]) == (method, ratio)]
