@@ -9,7 +9,7 @@ from .words import Word, plain, unlike
 
 STRETCH_SECONDS = 12.0  # about a sentence: words that belong together are no further apart
 ANSWER_WEIGHT = 2.0  # a word of the answer counts as so many of the question
-ALIKE = 0.7  # share of letters from which a heard word may be one that is looked for
+ALIKE = 0.76  # share of letters from which a heard word may be one that is looked for
 
 
 class Place(NamedTuple):
@@ -53,8 +53,9 @@ def find_place(heard: Sequence[Sequence[Word]], question: str, answer: str) -> P
             for text, count in of_word:
                 if count > within.get(text, 0.0):
                     within[text], end = count, later.end
-        if sum(within.values()) > best:
-            best, place = sum(within.values()), Place(number, begin.start, end)
+        total = round(sum(within.values()), 6)
+        if total > 0 and total >= best:  # of equal stretches the one that begins last: it is no longer than needed
+            best, place = total, Place(number, begin.start, end)
     return place
 
 

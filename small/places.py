@@ -30,6 +30,7 @@ RATE = 16_000
 WITHIN = 5.0  # seconds
 SMOOTH = 25  # tokens, about a second of speech: one peak is no place
 TARGET_LENGTH = 750
+WAYS = ("words", "words of the answer", "attention", "attention, later half")
 
 
 def recordings(speech: Path) -> list[dict[str, Any]]:
@@ -85,22 +86,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--speech", type=Path, required=True, help="folder with test.jsonl and test_long.jsonl")
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    parser.add_argument("--answers", nargs="+", default=["own", "right"], choices=["own", "right"])
+    parser.add_argument("--questions", type=int, metavar="N", help="of each recording, the first N (default: all)")
     parser.add_argument("--output", type=Path, help="JSON lines, one for each question")
     arguments = parser.parse_args(argv)
     session = Session(arguments.model, dtype=arguments.dtype, max_new_tokens=40)
-    model: Any = session.model
-    model.set_attn_implementation("eager")  # the only one that returns what it attends to
+    attends = any(way.startswith("attention") for way in arguments.ways)
+    if attends:
+        model: Any = session.model
+        model.set_attn_implementation("eager")  # the only one that returns what it attends to
     rows = []
     for recording in tqdm(recordings(arguments.speech)):
         heard = session.listen({"array": recording["samples"], "sampling_rate": RATE})
         words = ctc_words(session.model, session.processor, heard.encoded)
-        for asked in tqdm(recording["questions"], leave=False):
+        for asked in tqdm(recording["questions"][: arguments.questions], leave=False):
             question = asked["question"]
             sentence = next((s for s in recording["sentences"] if s[0] - 0.01 <= asked["said"] < s[1]), None)
             start, end = sentence or (asked["said"], asked["said"])
-            own = session.ask(heard, question, TARGET_LENGTH).text
-            for whose, answer in (("own", own), ("right", asked["answers"][0])):
-                places = attended(session, heard, question, answer) if answer else {}
+            answers = {"right": asked["answers"][0]}
+            if "own" in arguments.answers:
+                answers["own"] = session.ask(heard, question, TARGET_LENGTH).text
+            for whose in arguments.answers:
+                answer = answers[whose]
+                places = attended(session, heard, question, answer) if attends and answer else {}
                 for name, of_question in (("words", question), ("words of the answer", "")):
                     place = find_place(words, of_question, answer)
                     if place is not None:
@@ -111,17 +120,12 @@ def main(argv: list[str] | None = None) -> None:
                 if arguments.output:
                     text = "".join(json.dumps(row) + "\n" for row in rows)
                     arguments.output.write_text(text, encoding="utf-8")
-    print(
-        f"| way | of {len(rows) // 2} questions, with the model's answer | with answers that are right | given right |"
-    )
-    print("|---|---:|---:|---:|")
     own_rows, right_rows = ([row for row in rows if row["answer_of"] == whose] for whose in ("own", "right"))
     good = [row for row in own_rows if row["f1"] >= 0.5]
-    for way in ("words", "words of the answer", "attention", "attention, later half"):
-        shares = [
-            f"{sum(row['hits'].get(way, False) for row in some)} of {len(some)}"
-            for some in (own_rows, good, right_rows)
-        ]
+    sets = (own_rows, good, right_rows)
+    print("| way | the model's answers | those that are right | right answers given |\n|---|---:|---:|---:|")
+    for way in arguments.ways:
+        shares = [f"{sum(row['hits'].get(way, False) for row in some)} of {len(some)}" for some in sets]
         print(f"| {way} | {' | '.join(shares)} |")
 
 
