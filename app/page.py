@@ -34,9 +34,9 @@ EXAMPLE_QUESTIONS = (
 CSS = """
 .picture { overflow-x: auto; }
 .picture svg { width: 100%; min-width: 640px; height: auto; color: var(--body-text-color); }
-.answer { font-size: 1.15em; min-height: 3em; }
-.answer button { color: var(--link-text-color); text-decoration: underline; padding: 0.2em 0.4em; cursor: pointer; }
-.answer button:focus-visible { outline: 2px solid var(--link-text-color); }
+#answer { font-size: 1.15em; min-height: 3em; }
+#answer button { color: var(--link-text-color); text-decoration: underline; padding: 0.2em 0.4em; cursor: pointer; }
+#answer button:focus-visible { outline: 2px solid var(--link-text-color); }
 """
 # A click on a time of the answer plays the recording from there; keys press a button as well.
 PLAY = """
@@ -97,12 +97,14 @@ def build(session: Session) -> gr.Blocks:
                     elem_id="question", label="Question", placeholder="Who is speaking, and about what?", max_lines=2
                 )
                 ask = gr.Button("Ask", variant="primary")
-                for label, name, asked in EXAMPLE_QUESTIONS:
-                    values = str(EXAMPLES / name), asked
-                    gr.Button(label, size="sm").click(lambda values=values: values, None, [audio, question])
+                with gr.Row():
+                    for label, name, asked in EXAMPLE_QUESTIONS:
+                        values = str(EXAMPLES / name), asked
+                        example = gr.Button(label, size="sm", min_width=140)
+                        example.click(lambda values=values: values, None, [audio, question])
             with gr.Column():
                 gr.Markdown("### Answer")
-                said = gr.HTML(elem_classes="answer", js_on_load=PLAY)
+                said = gr.HTML(elem_id="answer", js_on_load=PLAY)
                 slider = gr.Slider(
                     1, 750, 750, elem_id="length", step=1, label="L: tokens that the model reads", interactive=False
                 )

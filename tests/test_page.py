@@ -76,7 +76,7 @@ def test_a_visit(address, browser, session, shots):
     page.get_by_text("There is no recording yet: upload one, record one, or take an example.").wait_for()
 
     upload(page, RECORDING)
-    picture = page.locator(".picture svg")
+    picture = page.locator(".picture svg[role=img]")
     picture.wait_for()
     assert picture.get_attribute("aria-label") == "Waveform, content density and 750 tokens of 2:42 minutes"
     page.get_by_text("750 tokens instead of 4072").wait_for()
@@ -85,13 +85,13 @@ def test_a_visit(address, browser, session, shots):
     # By keys alone: ask, go to the time in the answer, play.
     page.locator("#question textarea").fill(QUESTION)
     page.locator("#question textarea").press("Enter")
-    time = page.locator(".answer button[data-seconds]")
+    time = page.locator("#answer button[data-seconds]")
     time.wait_for()
-    assert page.locator(".answer").inner_text().startswith("on tuesday at ten [")
+    assert page.locator("#answer").inner_text().startswith("on tuesday at ten [")
     time.press("Enter")
     seconds = float(time.get_attribute("data-seconds"))
-    player = page.locator(".answer audio")
-    page.wait_for_function("!document.querySelector('.answer audio').paused", timeout=WAIT)
+    player = page.locator("#answer audio")
+    page.wait_for_function("!document.querySelector('#answer audio').paused", timeout=WAIT)
     assert player.evaluate("player => player.currentTime") == pytest.approx(seconds, abs=10)
 
     # Another L is drawn, and the encoder is not asked.
@@ -124,10 +124,10 @@ def test_a_phone_shows_all_without_scrolling_sideways(theme, address, browser, s
     page.set_default_timeout(WAIT)
     page.goto(f"{address}?__theme={theme}")
     page.get_by_role("button", name="Example: a sonnet").click()
-    page.locator(".picture svg").wait_for()
+    page.locator(".picture svg[role=img]").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert ("dark" in (page.locator("body").get_attribute("class") or "")) is (theme == "dark")
-    ink = page.locator(".picture svg").evaluate("svg => getComputedStyle(svg).color")
+    ink = page.locator(".picture svg[role=img]").evaluate("svg => getComputedStyle(svg).color")
     brightness = sum(map(int, re.findall(r"\d+", ink)[:3])) / 3
     assert (brightness > 128) is (theme == "dark")
     page.screenshot(path=shots / f"page-phone-{theme}.png", full_page=True)

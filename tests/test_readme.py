@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 COMMANDS = [line.partition("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
 # They install, download, train a model of 7B parameters, or call what other tests run.
-NOT_RUN = ("make ", "source ", "pip ", "accelerate ", "fastlongspeech assemble ", "small=")
+NOT_RUN = ("make ", "source ", "pip ", "accelerate ", "fastlongspeech assemble ", "small=", "fastlongspeech page ")
 SMALL_MODEL = '--model "$small"'  # fetched from the network
 
 
