@@ -132,7 +132,7 @@ class DCTCollator:
         """Returns the processor's outputs with `labels`: prompt, audio and padding are -100."""
         target_length = rows[0].get("target_length")
         if target_length is None:
-            target_length = draw_target_length(self.seed, rows[0]["step"], self.target_lengths)
+            target_length = self.draw_length(rows)
         recordings = [open_part(part) for row in rows for part in recordings_of(row)]
         heard, of_model = listen(self.processor, self.cache, recordings)
         batch = self.processor(
@@ -143,6 +143,10 @@ class DCTCollator:
             compression=self.compression,
         )
         return batch | of_model
+
+    def draw_length(self, rows: list[dict[str, Any]]) -> int | list[int]:
+        """Returns L of a training batch: one for all its recordings, or one for each."""
+        return draw_target_length(self.seed, rows[0]["step"], self.target_lengths)
 
     def prompt(self, row: dict[str, Any]) -> str:
         """Returns a row's question about its recording, or its conversation, in the processor's chat template."""

@@ -32,6 +32,7 @@ from transformers.utils import logging
 
 from ..audio_fastlongspeech import load_recording
 from ..recordings_fastlongspeech import EncodedRecordings
+from ..windows_fastlongspeech import Windows
 
 logger = logging.get_logger(__name__)
 
@@ -78,6 +79,7 @@ class FeatureCache:
             are missing, and beside it the features of the missing ones and their numbers; see `complete`.
         """
         windows = processor.windows
+        windows: Windows = processor.windows
         samples = [load_recording(recording) for recording in audio]
         keys = tuple(hashlib.blake2b(recording.tobytes(), digest_size=16).hexdigest() for recording in samples)
         mel_frames = [windows.mel_frames(len(recording)) for recording in samples]

@@ -11,9 +11,7 @@ complete model folder with `ctc_trained` true.
 
 from __future__ import annotations
 
-import copy
 import io
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,10 +22,9 @@ import jiwer
 import numpy as np
 import sentencepiece
 import torch
-from safetensors.torch import save_file
 from transformers import set_seed
 
-from ..app.hosts import find_host
+from ..app.hosts import Host, find_host
 from ..data.check import label_faults
 from ..data.manifests import SpeechRows, refuse
 from ..data.mixing import MixedRows, load_training_rows
@@ -35,9 +32,17 @@ from ..data.streams import StreamRows
 from ..host_fastlongspeech import HostForConditionalGeneration
 from ..processor_fastlongspeech import SpeechProcessor
 from .batches import CTCCollator
-from .stage import DTYPES, StageArguments, StageTrainer, export, open_cache, open_run, parse_settings
-
-DECODER = "ctc_decoder."
+from .stage import (
+    DTYPES,
+    StageArguments,
+    StageTrainer,
+    export,
+    open_cache,
+    open_run,
+    parse_settings,
+    put_weights,
+    trained_weights,
+)
 
 
 @dataclass
@@ -105,7 +110,7 @@ def check_lengths(rows: SpeechRows | MixedRows, source: str, processor: SpeechPr
 
 
 class CTCTrainer(StageTrainer):
-    """Trains the CTC decoder. Checkpoints hold the decoder alone; evaluation adds the word error rate."""
+    """Trains the CTC decoder; evaluation adds the word error rate."""
 
     label = "ctc_labels"
 
@@ -123,16 +128,6 @@ class CTCTrainer(StageTrainer):
         rows = [torch.tensor(ids, dtype=labels.dtype, device=labels.device) for ids in found]
         return loss, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100), labels
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        if self.args.should_save:
-            os.makedirs(str(output_dir), exist_ok=True)
-            weights = cast(torch.nn.Module, self.model).state_dict() if state_dict is None else state_dict
-            decoder = {name: weight.contiguous() for name, weight in weights.items() if DECODER in name}
-            save_file(decoder, os.path.join(str(output_dir), "model.safetensors"), metadata={"format": "pt"})
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Warns of nothing: only frozen weights are missing in a checkpoint."""
-
 
 def word_error_rate(processor: SpeechProcessor, prediction: Any) -> dict[str, float]:
     """Returns `wer` of an `EvalPrediction` whose predictions and labels are ids padded with -100."""
@@ -141,6 +136,19 @@ def word_error_rate(processor: SpeechProcessor, prediction: Any) -> dict[str, fl
         return processor.ctc_decode([row[row >= 0].tolist() for row in ids])
 
     return {"wer": jiwer.wer(texts(prediction.label_ids), texts(prediction.predictions))}
+
+
+def load_model(host: Host, settings: CTCArguments, ctc_vocab_size: int) -> Any:
+    """Returns the model to start from with a fresh CTC decoder; nothing in it trains."""
+    dtype = DTYPES[settings.dtype]
+    model = host.model.from_pretrained(
+        settings.model, dtype=dtype, attn_implementation=settings.attn_implementation
+    ).requires_grad_(False)
+    if settings.ctc_projector is not None:
+        model.config.ctc_projector = settings.ctc_projector
+    model.model.reset_ctc_decoder(ctc_vocab_size)
+    model.config.content_density, model.config.ctc_trained = "ctc", True
+    return model
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -176,15 +184,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_lengths(eval_rows, str(settings.eval_data), processor)
 
     set_seed(training.seed)
-    dtype = DTYPES[settings.dtype]
-    model = host.model.from_pretrained(settings.model, dtype=dtype)
-    model.requires_grad_(False)
-    if settings.ctc_projector is not None:
-        model.config.ctc_projector = settings.ctc_projector
-    model.model.reset_ctc_decoder(processor.ctc_vocab_size)
-    decoder = model.model.ctc_decoder.to(torch.float32).requires_grad_(True)
-    model.config.content_density, model.config.ctc_trained = "ctc", True
-    config = copy.deepcopy(model.config)
+    model = load_model(host, settings, processor.ctc_vocab_size)
+    model.model.ctc_decoder.to(torch.float32).requires_grad_(True)
+    model.model.language_model.layers = torch.nn.ModuleList()  # the decoder reads frames, so they would lie idle
     cache = open_cache(settings, training, model, processor)
 
     trainer = CTCTrainer(
@@ -201,9 +203,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
 
+    weights = trained_weights(trainer)
     if training.should_save:
-        decoder.to(dtype)
-        export(model, config, processor, output)
+        model = load_model(host, settings, processor.ctc_vocab_size)
+        put_weights(model, weights)
+        export(model, model.config, processor, output)
 
 
 if __name__ == "__main__":

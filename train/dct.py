@@ -14,17 +14,30 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, set_seed
+from transformers import BitsAndBytesConfig, PreTrainedModel, set_seed
 
-from ..app.hosts import find_host
+from ..app.hosts import Host, find_host
 from ..compression_fastlongspeech import check_compression
 from ..data.mixing import load_training_rows
 from ..host_fastlongspeech import HostForConditionalGeneration
 from .batches import DCTCollator
-from .stage import DTYPES, StageArguments, StageTrainer, export, open_cache, open_run, parse_settings
+from .stage import (
+    DTYPES,
+    StageArguments,
+    StageTrainer,
+    export,
+    open_cache,
+    open_run,
+    parse_settings,
+    put_weights,
+    trained_weights,
+)
+
+TUNINGS = ("lora", "qlora", "full")
 
 
 @dataclass
@@ -40,6 +53,13 @@ class LoRAArguments(StageArguments):
 class DCTArguments(LoRAArguments):
     """Arguments of stage 2."""
 
+    tuning: str = field(
+        default="lora",
+        metadata={
+            "help": "What trains: lora (adapters on the language model), qlora (the same on one in 4 bits) or full "
+            "(the whole language model)."
+        },
+    )
     target_lengths: list[int] | None = field(
         default=None,
         metadata={"help": "Lengths L to draw from; config.target_lengths if not given."},
@@ -51,6 +71,45 @@ class DCTArguments(LoRAArguments):
     eval_target_lengths: list[int] | None = field(
         default=None, metadata={"help": "Lengths L to evaluate at; config.target_length if not given."}
     )
+
+
+def load_model(host: Host, settings: DCTArguments, quantised: bool = False) -> Any:
+    """Returns the model to start from, with the lengths and the compression of the settings in its configuration."""
+    model = host.model.from_pretrained(
+        settings.model,
+        dtype=DTYPES[settings.dtype],
+        attn_implementation=settings.attn_implementation,
+        quantization_config=four_bits(settings) if quantised else None,
+    )
+    if settings.target_lengths:
+        model.config.target_lengths = settings.target_lengths
+    if settings.compression is not None:
+        model.config.compression = settings.compression
+    return model
+
+
+def four_bits(settings: DCTArguments) -> BitsAndBytesConfig:
+    """Returns how the language model's layers are quantised: nf4 twice, as QLoRA has it. All else stays whole.
+
+    The encoder's frames and the CTC decoder's densities decide what is fused; answers do not show if they are wrong.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[settings.dtype],
+        llm_int8_skip_modules=[r"model\.(?!language_model\.)", "lm_head"],
+    )
+
+
+def make_trainable(model: Any, settings: DCTArguments) -> Any:
+    """Returns the model, or adapters around it, with what is tuned in float32; all else is frozen."""
+    if settings.tuning != "full":
+        return add_lora(model, settings)
+    model.requires_grad_(False)
+    for part in (model.model.language_model, model.lm_head):
+        part.to(torch.float32).requires_grad_(True)
+    return model
 
 
 def add_lora(
@@ -71,14 +130,16 @@ def add_lora(
     return get_peft_model(cast(PreTrainedModel, model), lora)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs stage 2."""
+def main(argv: Sequence[str] | None = None, collator: type[DCTCollator] = DCTCollator) -> None:
+    """Runs stage 2; `collator` may draw lengths in another way, see `compare_lengths.py`."""
     settings, training = parse_settings(DCTArguments, argv)
     for name in ("target_lengths", "eval_target_lengths"):
         if min(getattr(settings, name) or [1]) < 1:
             raise ValueError(f"{name} must be positive integers, got {getattr(settings, name)}; correct them.")
     if settings.compression is not None:
         check_compression(settings.compression)
+    if settings.tuning not in TUNINGS:
+        raise ValueError(f"tuning must be one of {', '.join(TUNINGS)}, got {settings.tuning!r}; choose one.")
     checkpoint = open_run(settings, training)
     columns = ("audio", "question", "answer")
     with training.main_process_first(local=False):  # it reads the headers, and the others what it remembers of them
@@ -87,16 +148,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     host = find_host(settings.model)
     processor = host.processor.from_pretrained(settings.model)
-    model = host.model.from_pretrained(settings.model, dtype=DTYPES[settings.dtype])
-    if settings.target_lengths:
-        model.config.target_lengths = settings.target_lengths
-    if settings.compression is not None:
-        model.config.compression = settings.compression
+    model = load_model(host, settings, quantised=settings.tuning == "qlora")
     config = copy.deepcopy(model.config)
     if not config.ctc_trained and training.process_index == 0:
         print("# the CTC decoder is not trained, so all frames weigh the same; run stage 1 first", flush=True)
     set_seed(training.seed)
-    adapted = add_lora(model, settings)
+    adapted = make_trainable(model, settings)
     cache = open_cache(settings, training, model, processor)
 
     lengths = settings.eval_target_lengths or [config.target_length]
@@ -106,15 +163,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_bad_share=settings.max_bad_share,
         train_dataset=train_rows,
         eval_dataset={f"L{length}": eval_rows.at(length) for length in lengths} if eval_rows else None,
-        data_collator=DCTCollator(processor, config.target_lengths, training.seed, config.compression, cache),
+        data_collator=collator(processor, config.target_lengths, training.seed, config.compression, cache),
         cache=cache,
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
 
+    weights = trained_weights(trainer)
     if training.should_save:
-        export(adapted.merge_and_unload(), config, processor, Path(str(training.output_dir)))
+        model = load_model(host, settings)  # whole, whatever precision it was trained in
+        config = copy.deepcopy(model.config)
+        adapted = make_trainable(model, settings)
+        put_weights(adapted, weights)
+        if settings.tuning == "full":
+            for part in (model.model.language_model, model.lm_head):
+                part.to(DTYPES[settings.dtype])
+        else:
+            model = adapted.merge_and_unload()
+        export(model, config, processor, Path(str(training.output_dir)))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     HfArgumentParser,
@@ -60,6 +61,10 @@ class StageArguments:
     dtype: str = field(
         default="float32",
         metadata={"help": "Type of the frozen weights and of the saved model. What trains is float32 meanwhile."},
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "eager, sdpa or flash_attention_2; what transformers chooses if not given."},
     )
     feature_cache: str | None = field(
         default=None,
@@ -205,6 +210,29 @@ def open_cache(
     return FeatureCache(settings.feature_cache, encoder, width, settings.feature_cache_gb * 1e9)
 
 
+def trained_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Returns what has been trained by name, whole and on the CPU, from weights that may be shared out.
+
+    All processes have to call it.
+    """
+    model: Any = trainer.model
+    trains = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    if trainer.is_deepspeed_enabled:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(trains.values())):
+            return {name: weight.detach().cpu().clone() for name, weight in trains.items()}
+    whole = {name: getattr(weight, "full_tensor", lambda weight=weight: weight)() for name, weight in trains.items()}
+    return {name: weight.detach().cpu().clone() for name, weight in whole.items()}
+
+
+def put_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Puts the weights of `trained_weights` into a model that was made in the same way."""
+    unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+    if unknown:
+        raise RuntimeError(f"the trained weights {', '.join(unknown)} have no place in the model that is saved.")
+
+
 def export(model: PreTrainedModel, config: PreTrainedConfig, processor: ProcessorMixin, output: Path) -> None:
     """Writes a complete model folder into the output folder, `config.json` last: it marks a finished run.
 
@@ -248,6 +276,8 @@ class StageTrainer(Trainer):
         parts = whole.base_model.children()
         self.frozen = [part for part in parts if not any(weight.requires_grad for weight in part.parameters())]
         self.extractor, self.cache = whole.base_model, cache
+        if self.is_fsdp_enabled:
+            self._shard_language_model_alone()
         if cache is not None:
             self.add_callback(FlushFeatures(cache))
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -279,6 +309,17 @@ class StageTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
         )
 
+    def _shard_language_model_alone(self) -> None:
+        """Keeps what is frozen beside the language model whole in every process.
+
+        Processes have other numbers of windows and of rounds of fusion. Parts that are shared out would have to run
+        equally often in all.
+        """
+        text = self.extractor.language_model
+        plugin = self.accelerator.state.fsdp_plugin
+        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in text.layers})
+        plugin.ignored_modules = [part for part in self.frozen if part is not text]
+
     def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
         args = self.args
         return StepSampler(
@@ -305,6 +346,20 @@ class StageTrainer(Trainer):
             for part in self.frozen:
                 part.eval()
         return super().compute_loss(model, self.hear(inputs), *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes what trains alone; adapters have a form of their own."""
+        if not isinstance(self.model, PreTrainedModel):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            os.makedirs(str(output_dir), exist_ok=True)
+            trains = [name for name, weight in self.model.named_parameters() if weight.requires_grad]
+            weights: dict[str, torch.Tensor] = self.model.state_dict() if state_dict is None else state_dict
+            kept = {name: weights[name].contiguous() for name in trains}
+            save_file(kept, os.path.join(str(output_dir), "model.safetensors"), metadata={"format": "pt"})
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warns of nothing: only frozen weights are missing in a checkpoint."""
 
     def hear(self, inputs: Any) -> Any:
         """Returns a batch with every frame that the cache lacks encoded, where there is a cache."""
