@@ -199,6 +199,27 @@ def test_accumulation_and_workers_do_not_change_what_is_learnt(stage, checkpoint
 
 
 @pytest.mark.parametrize("stage", [ctc, dct])
+def test_batches_by_frames_use_every_row_and_resume(stage, checkpoint, data, tmp_path, monkeypatch):
+    seen: list[int] = []
+    compute_loss = StageTrainer.compute_loss
+
+    def spy(self, model, inputs, *args, **kwargs):
+        seen.append(len(inputs["windows_per_audio"]))
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(StageTrainer, "compute_loss", spy)
+    more = ["--frames_per_batch", 800, "--save_strategy", "steps", "--save_steps", 3]  # 31 s, and all others together
+    whole = trained(stage, checkpoint, data, tmp_path / "whole", *more)
+    assert sorted(seen[:2]) == sorted(seen[2:]) == [1, 5]
+    assert changed(load_file(checkpoint / "model.safetensors"), whole)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "killed" / "checkpoint-3")
+    shutil.copy(tmp_path / "whole" / "settings.yaml", tmp_path / "killed")
+    if stage is ctc:
+        shutil.copy(tmp_path / "whole" / "ctc.model", tmp_path / "killed")
+    assert not changed(whole, trained(stage, checkpoint, data, tmp_path / "killed", *more))
+
+
+@pytest.mark.parametrize("stage", [ctc, dct])
 def test_frozen_weights_may_be_bfloat16_while_what_trains_is_float32(stage, checkpoint, data, tmp_path, monkeypatch):
     seen: set[tuple[bool, torch.dtype]] = set()
     training_step = StageTrainer.training_step

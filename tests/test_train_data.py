@@ -14,7 +14,7 @@ from conftest import CLIP_SECONDS, CLIP_TEXTS, RATE, write_rows
 from torch.utils.data import BatchSampler
 
 from fastlongspeech.data.manifests import load_rows
-from fastlongspeech.train.batches import CTCCollator, DCTCollator, StepSampler, draw_target_length
+from fastlongspeech.train.batches import CTCCollator, DCTCollator, FrameBatches, StepSampler, draw_target_length
 
 # Rows
 
@@ -119,6 +119,34 @@ def test_a_step_has_the_same_rows_however_it_is_divided_and_after_a_resume(proce
     assert steps() == second
     taken = 4  # resumed within the second epoch: the Trainer skips the batches already seen
     assert steps() == second
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential"])
+def test_batches_of_as_many_frames_hold_every_row_and_whole_steps(strategy):
+    durations = np.random.default_rng(1).uniform(1, 30, 101).round(2).tolist()
+    taken = 0
+    batches = FrameBatches(durations, 1500, 4, 0, lambda: taken, strategy)
+    first = list(batches)
+    assert len(first) == len(batches) and len(first) % 4 == 0
+    assert {row for batch in first for _, row in batch} == set(range(101))
+    for batch in first:
+        assert sum(int(np.ceil(durations[row] * 25)) for _, row in batch) <= 1500
+    assert [[step for step, _ in batch][0] for batch in first] == [number // 4 for number in range(len(first))]
+    assert max(map(len, first)) > 4  # short ones share a batch
+    taken = len(first) // 4
+    second = list(batches)
+    assert {step for batch in second for step, _ in batch} == {taken + number for number in range(taken)}
+    rows = [[[row for _, row in batch] for batch in epoch] for epoch in (first, second)]
+    assert (rows[0] == rows[1]) == (strategy == "sequential") and sorted(rows[0]) == sorted(rows[1])
+    with pytest.raises(ValueError, match="frames_per_batch is 100, but the longest row has 7.. frames; raise it"):
+        FrameBatches(durations, 100, 4, 0, lambda: 0)
+
+
+def test_processes_share_out_the_batches_of_a_step():
+    batches = FrameBatches([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], 200, 4, 0, lambda: 0)
+    whole = list(batches)
+    shards = [list(BatchSamplerShard(batches, 2, process, even_batches=False)) for process in range(2)]
+    assert [batch for pair in zip(*shards, strict=True) for batch in pair] == whole
 
 
 def test_lengths_are_uniform_and_a_function_of_seed_and_step():

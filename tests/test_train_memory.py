@@ -5,10 +5,14 @@ from typing import Any
 
 import bitsandbytes
 import pytest
+import soundfile
 import torch
+from conftest import RATE, speech, write_rows
 from safetensors.torch import load_file
 from test_train import arguments, changed, trained
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
+from fastlongspeech.encoder_fastlongspeech import FastLongSpeechEncoder
 from fastlongspeech.train import ctc, dct
 from fastlongspeech.train.stage import StageTrainer
 
@@ -86,6 +90,30 @@ def test_stage_1_leaves_the_layers_of_the_language_model_out_of_memory(checkpoin
     after = trained(ctc, checkpoint, data, tmp_path / "out")
     assert not [name for name, _ in seen[0].named_parameters() if name.startswith("model.language_model.layers.")]
     assert after.keys() == load_file(checkpoint / "model.safetensors").keys()
+
+
+def test_a_recording_of_minutes_is_encoded_in_parts_and_read_as_a_short_one(checkpoint, tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "talk.flac", speech(601.0), RATE)
+    write_rows(tmp_path / "qa.jsonl", [{"audio": "talk.flac", "question": "Who?", "answer": "dog"}])
+    windows: list[int] = []
+    encode, forward = FastLongSpeechEncoder.forward, Qwen2Model.forward
+
+    def spy_encoder(self, input_features, mel_frames):
+        assert not torch.is_grad_enabled()  # nothing is kept for the backward pass
+        windows.append(len(input_features))
+        return encode(self, input_features, mel_frames)
+
+    tokens: list[int] = []
+
+    def spy_text(self, *args, **kwargs):
+        tokens.append(kwargs["inputs_embeds"].shape[1])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(FastLongSpeechEncoder, "forward", spy_encoder)
+    monkeypatch.setattr(Qwen2Model, "forward", spy_text)
+    trained(dct, checkpoint, tmp_path, tmp_path / "out", "--max_steps", 1, "--per_device_train_batch_size", 1)
+    assert sum(windows) == 21 and max(windows) == 2  # on a CPU; windows_per_batch elsewhere
+    assert max(tokens) < 250  # the question, one token for a byte, and at most nine frames
 
 
 def test_an_unknown_tuning_is_refused(checkpoint, data, tmp_path):

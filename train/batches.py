@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 from ..data.audio import open_part
 from ..data.manifests import recordings_of
 from ..data.mixing import Mixture
+from ..windows_fastlongspeech import WINDOWS
 from .cache import FeatureCache
 
 
@@ -84,6 +85,60 @@ class StepSampler(Sampler):
         if self.strategy == "group_by_length":
             random.shuffle(steps)
         return steps.tolist()
+
+
+class FrameBatches(Sampler):
+    """Yields batches of `(step, row number)` pairs, each with at most so many frames; otherwise as `StepSampler`.
+
+    Rows are shared out into batches once, rows of like duration together, so that an epoch always has as many steps.
+    Which batches make up a step is drawn anew for every epoch.
+
+    Args:
+        durations: seconds of every row.
+        frames_per_batch: most frames of a batch before fusion, 25 a second.
+        batches_per_step: batches in one optimiser step, all processes together.
+        seed, global_step, strategy, drop_last: as `StepSampler`.
+
+    Raises:
+        ValueError: a row alone has more frames.
+    """
+
+    batch_size = None  # for accelerate: there is no number of rows
+
+    def __init__(
+        self,
+        durations: Sequence[float],
+        frames_per_batch: int,
+        batches_per_step: int,
+        seed: int,
+        global_step: Callable[[], int],
+        strategy: str = "random",
+        drop_last: bool = False,
+    ):
+        frames = np.ceil(np.asarray(durations) / WINDOWS.frame_seconds).astype(int)
+        if frames.max() > frames_per_batch:
+            raise ValueError(
+                f"frames_per_batch is {frames_per_batch}, but the longest row has {frames.max()} frames; raise it."
+            )
+        order = np.random.default_rng(seed).permutation(len(frames))
+        self.batches: list[list[int]] = []
+        room = 0
+        for row in order[np.argsort(frames[order], kind="stable")] if strategy != "sequential" else range(len(frames)):
+            if frames[row] > room:
+                self.batches.append([])
+                room = frames_per_batch
+            self.batches[-1].append(int(row))
+            room -= frames[row]
+        seconds = [sum(durations[row] for row in batch) for batch in self.batches]
+        order_of_batches = "sequential" if strategy == "sequential" else "random"
+        self.steps = StepSampler(seconds, batches_per_step, seed, global_step, order_of_batches, drop_last)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:  # type: ignore[override]  # batches, not rows
+        for step, batch in self.steps:
+            yield [(step, row) for row in self.batches[batch]]
 
 
 def draw_target_length(seed: int, step: int, target_lengths: Sequence[int]) -> int:

@@ -163,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if isinstance(train_rows, StreamRows) and settings.vocab_size and not settings.ctc_model:
         raise ValueError("a stream's transcripts are not known in advance; name the vocabulary with ctc_model.")
+
     ctc_model = output / "ctc.model"
     own_tokens = settings.vocab_size == 0 and not settings.ctc_model
     if training.process_index == 0 and not checkpoint:
@@ -197,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         eval_dataset=eval_rows,
         data_collator=CTCCollator(processor, cache),
         cache=cache,
+        frames_per_batch=settings.frames_per_batch,
         processing_class=processor,
         compute_metrics=lambda prediction: word_error_rate(processor, prediction),
     )

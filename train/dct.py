@@ -165,6 +165,7 @@ def main(argv: Sequence[str] | None = None, collator: type[DCTCollator] = DCTCol
         eval_dataset={f"L{length}": eval_rows.at(length) for length in lengths} if eval_rows else None,
         data_collator=collator(processor, config.target_lengths, training.seed, config.compression, cache),
         cache=cache,
+        frames_per_batch=settings.frames_per_batch,
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=checkpoint)

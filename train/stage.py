@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from ..data.streams import PREFIX
-from .batches import StepSampler
+from .batches import FrameBatches, StepSampler
 from .cache import MISSING, FeatureCache, FlushFeatures, describe_encoder
 from .skipping import BAD_SAMPLES, ReportBadSamples, SteadyStream, steady
 
@@ -65,6 +65,12 @@ class StageArguments:
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "eager, sdpa or flash_attention_2; what transformers chooses if not given."},
+    )
+    frames_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most frames of a batch before fusion, 25 a second, in the place of per_device_train_batch_size."
+        },
     )
     feature_cache: str | None = field(
         default=None,
@@ -252,7 +258,8 @@ class StageTrainer(Trainer):
     """A Trainer whose rows carry their optimiser step (`StepSampler`), with dropout off in all that is frozen.
 
     `model` is a `HostForConditionalGeneration` or a PEFT model around it, with `requires_grad` as the stage wants it;
-    `label` is the name of the model's input that holds the labels. `cache` is that of the collator.
+    `label` is the name of the model's input that holds the labels. `cache` is that of the collator; for
+    `frames_per_batch` see the settings.
     """
 
     label = "labels"
@@ -263,8 +270,10 @@ class StageTrainer(Trainer):
         args: TrainingArguments,
         cache: FeatureCache | None = None,
         max_bad_share: float = StageArguments.max_bad_share,
+        frames_per_batch: int | None = None,
         **kwargs: Any,
     ):
+        self.frames_per_batch = frames_per_batch
         journal = Path(str(args.output_dir)) / BAD_SAMPLES
         kwargs |= {name: steady(kwargs.get(name), journal, self._start) for name in ("train_dataset", "eval_dataset")}
         args.label_names = [self.label]
@@ -296,6 +305,8 @@ class StageTrainer(Trainer):
         }
 
     def get_train_dataloader(self) -> Any:
+        if self.frames_per_batch is not None:
+            return self._batches_by_frames(self.frames_per_batch)
         if not isinstance(self.train_dataset, SteadyStream):
             return super().get_train_dataloader()
         args = self.args
@@ -308,6 +319,35 @@ class StageTrainer(Trainer):
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
         )
+
+    def _batches_by_frames(self, frames_per_batch: int) -> DataLoader:
+        args = self.args
+        if isinstance(self.train_dataset, SteadyStream) or self.train_dataset.mixture is not None:  # type: ignore
+            raise ValueError("frames_per_batch needs one source whose durations are known; leave it out.")
+        batches = FrameBatches(
+            self.train_dataset.durations,  # type: ignore[union-attr]
+            frames_per_batch,
+            args.gradient_accumulation_steps * args.world_size,
+            args.seed if args.data_seed is None else args.data_seed,
+            lambda: self.state.global_step,
+            str(args.train_sampling_strategy),
+            args.dataloader_drop_last,
+        )
+        loader: DataLoader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=batches,  # type: ignore[arg-type]
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        configuration = self.accelerator.dataloader_config
+        even, configuration.even_batches = configuration.even_batches, False  # every step is whole already
+        try:
+            return self.accelerator.prepare(loader)
+        finally:
+            configuration.even_batches = even
 
     def _shard_language_model_alone(self) -> None:
         """Keeps what is frozen beside the language model whole in every process.
