@@ -32,6 +32,7 @@ from ..data.streams import StreamRows
 from ..host_fastlongspeech import HostForConditionalGeneration
 from ..processor_fastlongspeech import SpeechProcessor
 from .batches import CTCCollator
+from .record import record_start, write_card
 from .stage import (
     DTYPES,
     StageArguments,
@@ -163,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if isinstance(train_rows, StreamRows) and settings.vocab_size and not settings.ctc_model:
         raise ValueError("a stream's transcripts are not known in advance; name the vocabulary with ctc_model.")
+    record_start(output, training, {"train_data": train_rows, "eval_data": eval_rows})
 
     ctc_model = output / "ctc.model"
     own_tokens = settings.vocab_size == 0 and not settings.ctc_model
@@ -207,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     weights = trained_weights(trainer)
     if training.should_save:
+        write_card(output, "The CTC decoder was trained on transcripts (stage 1).", trainer.state.log_history)
         model = load_model(host, settings, processor.ctc_vocab_size)
         put_weights(model, weights)
         export(model, model.config, processor, output)

@@ -25,6 +25,7 @@ from ..compression_fastlongspeech import check_compression
 from ..data.mixing import load_training_rows
 from ..host_fastlongspeech import HostForConditionalGeneration
 from .batches import DCTCollator
+from .record import record_start, write_card
 from .stage import (
     DTYPES,
     StageArguments,
@@ -146,6 +147,9 @@ def main(argv: Sequence[str] | None = None, collator: type[DCTCollator] = DCTCol
         train_rows = load_training_rows(settings.train_data, columns)
         eval_rows = load_training_rows(settings.eval_data, columns) if settings.eval_data else None
 
+    output = Path(str(training.output_dir))
+    record_start(output, training, {"train_data": train_rows, "eval_data": eval_rows})
+
     host = find_host(settings.model)
     processor = host.processor.from_pretrained(settings.model)
     model = load_model(host, settings, quantised=settings.tuning == "qlora")
@@ -173,6 +177,8 @@ def main(argv: Sequence[str] | None = None, collator: type[DCTCollator] = DCTCol
 
     weights = trained_weights(trainer)
     if training.should_save:
+        stage = f"Its language model was trained on recordings fused to drawn lengths (stage 2, {settings.tuning})."
+        write_card(output, stage, trainer.state.log_history)
         model = load_model(host, settings)  # whole, whatever precision it was trained in
         config = copy.deepcopy(model.config)
         adapted = make_trainable(model, settings)
@@ -182,7 +188,7 @@ def main(argv: Sequence[str] | None = None, collator: type[DCTCollator] = DCTCol
                 part.to(DTYPES[settings.dtype])
         else:
             model = adapted.merge_and_unload()
-        export(model, config, processor, Path(str(training.output_dir)))
+        export(model, config, processor, output)
 
 
 if __name__ == "__main__":
