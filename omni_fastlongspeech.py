@@ -73,16 +73,6 @@ class PositionsByPlaceholders:
         )
 
 
-def refuse_summaries_of_what_is_seen(options: dict[str, Any]) -> None:
-    """Raises a ValueError where a prompt that is summed up holds images or videos."""
-    for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs"):
-        if options.get(name) is not None:
-            raise ValueError(
-                f'compression="summary" reads recordings alone and would pass over {name}; leave it out, or choose '
-                "another compression."
-            )
-
-
 class OmniModel(PositionsByPlaceholders, HostModel):
     """A thinker without a head; mix it in before the host's own class, which brings what `HostModel` says."""
 
@@ -133,11 +123,6 @@ class OmniModel(PositionsByPlaceholders, HostModel):
         if outputs.past_key_values is not None and not cached:
             outputs.past_key_values.rope_deltas = self.rope_deltas
         return outputs
-
-    def read_in_one_pass(self, *args: Any, **kwargs: Any) -> Any:
-        """See `SpeechSummary.read_in_one_pass`; prompts with images or videos are refused."""
-        refuse_summaries_of_what_is_seen(kwargs)
-        return super().read_in_one_pass(*args, **kwargs)
 
     def compute_3d_position_ids(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """Returns the positions of the tokens that are read; transformers returns those of the whole cache as well."""
@@ -228,11 +213,6 @@ class OmniForConditionalGeneration(PositionsByPlaceholders, HostForConditionalGe
         )
         tokens = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         return torch.cat((tokens[None].to(axes), axes))
-
-    @staticmethod
-    def _refuse_other_caches(generation_config: Any, options: dict[str, Any]) -> None:
-        refuse_summaries_of_what_is_seen(options)
-        HostForConditionalGeneration._refuse_other_caches(generation_config, options)
 
 
 class OmniProcessor(SpeechProcessor):
