@@ -137,7 +137,8 @@ def test_batches_of_as_many_frames_hold_every_row_and_whole_steps(strategy):
     second = list(batches)
     assert {step for batch in second for step, _ in batch} == {taken + number for number in range(taken)}
     rows = [[[row for _, row in batch] for batch in epoch] for epoch in (first, second)]
-    assert (rows[0] == rows[1]) == (strategy == "sequential") and sorted(rows[0]) == sorted(rows[1])
+    assert (rows[0] == rows[1]) == (strategy == "sequential")
+    assert set(map(tuple, rows[0])) == set(map(tuple, rows[1]))  # other batches may fill the last step
     with pytest.raises(ValueError, match="frames_per_batch is 100, but the longest row has 7.. frames; raise it"):
         FrameBatches(durations, 100, 4, 0, lambda: 0)
 
