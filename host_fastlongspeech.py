@@ -171,7 +171,7 @@ class HostForConditionalGeneration(SummaryGenerationMixin, FastLongSpeechGenerat
 
     # The whole path: a bare name would not keep quantisers off.
     _keep_in_fp32_modules: Any = ["model.ctc_decoder"]
-    _tp_plan = Qwen2ForCausalLM._tp_plan  # of the head
+    _tp_plan: Any = Qwen2ForCausalLM._tp_plan  # of the head
     key_mapping: dict[str, str] = KEY_MAPPING
     # Anchored: the bare names would match the audio tower's projections too.
     lora_targets = r"model\.language_model\.(.+\.)?layers\.\d+\.self_attn\.[qkvo]_proj"

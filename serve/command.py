@@ -96,7 +96,7 @@ def build(
     return app
 
 
-def _answer_error(request: Any, error: HTTPException) -> JSONResponse:
+def _answer_error(request: Any, error: Any) -> JSONResponse:
     return JSONResponse(error_body(error.status_code, error.detail), error.status_code)
 
 

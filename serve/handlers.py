@@ -12,7 +12,7 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 from ..app.subtitles import Segment, as_srt, as_vtt, segments
 from ..app.words import Word, ctc_words
 from .door import VISIT, HungUp
-from .model import NAMED, check_name
+from .model import NAMED, Manager, check_name
 from .recordings import Recording
 
 AUDIO_TYPES = ("input_audio", "audio_url")
@@ -22,6 +22,8 @@ FIELDS = {"file", "model", "response_format", "timestamp_granularities[]", "temp
 
 class ChatHandler(ChatCompletionHandler):
     """Answers chats: transformers' handler, with recordings read before it and named in their place."""
+
+    model_manager: Manager
 
     async def handle_request(self, body: dict, request_id: str) -> Any:
         """Returns the answer, streamed or not. `target_length` (L) stands in the request or in `chat_template_kwargs`.
@@ -75,7 +77,9 @@ class ChatHandler(ChatCompletionHandler):
 class TranscriptHandler(TranscriptionHandler):
     """Writes recordings of any duration down by the CTC decoder, whose frames say when each word is said."""
 
-    async def handle_request(self, request: Request) -> Response:
+    model_manager: Manager
+
+    async def handle_request(self, request: Request) -> Any:
         """Returns the transcript in one of `FORMATS`.
 
         Raises:

@@ -35,6 +35,8 @@ class HearingProcessor(Around):
     """A processor whose chats name recordings that the server has read. Any other audio is refused: the processor
     itself would open files of the server for clients."""
 
+    compression = "iterative_fusion"
+
     def apply_chat_template(self, conversation: list[dict[str, Any]], **kwargs: Any) -> Any:
         """Returns the model's inputs, and with them the visit that they belong to."""
         if unknown := set(kwargs) - PROMPT_OPTIONS:
@@ -58,8 +60,6 @@ class HearingProcessor(Around):
         inputs = self.inner.apply_chat_template(plain, **kwargs)
         inputs["visit"] = dataclasses.replace(visit, recordings={str(n): one for n, one in enumerate(asked)})
         return inputs
-
-    compression: str = "iterative_fusion"
 
 
 class HearingModel(Around):

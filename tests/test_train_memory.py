@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_train import arguments, changed, trained
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
-from fastlongspeech.encoder_fastlongspeech import FastLongSpeechEncoder
+from fastlongspeech.modeling_fastlongspeech import FastLongSpeechEncoder
 from fastlongspeech.train import ctc, dct
 from fastlongspeech.train.stage import StageTrainer
 

@@ -20,9 +20,9 @@ def launch(configuration: str, runs: list, folder: Path) -> None:
     """Runs stages in two processes of a configuration in `train/accelerate`, but on the CPU and in float32."""
     (folder / "runs.json").write_text(json.dumps(runs))
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", ROOT / "train" / "accelerate" / f"{configuration}.yaml"]
+    command += ["--config_file", str(ROOT / "train" / "accelerate" / f"{configuration}.yaml")]
     command += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", "0", ROOT / "tests" / "two_processes.py", folder / "runs.json"]
+    command += ["--main_process_port", "0", str(ROOT / "tests" / "two_processes.py"), str(folder / "runs.json")]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-6000:]
 

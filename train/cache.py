@@ -78,7 +78,6 @@ class FeatureCache:
             `recordings` for the processor. For the model the same, `(N, D)` frames in bfloat16 with zeros where they
             are missing, and beside it the features of the missing ones and their numbers; see `complete`.
         """
-        windows = processor.windows
         windows: Windows = processor.windows
         samples = [load_recording(recording) for recording in audio]
         keys = tuple(hashlib.blake2b(recording.tobytes(), digest_size=16).hexdigest() for recording in samples)

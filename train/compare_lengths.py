@@ -96,7 +96,7 @@ def main() -> None:
     results: dict[str, list[dict[str, float]]] = {}
     for seed in arguments.seeds:
         for way in WAYS:
-            losses = {}
+            losses: dict[str, float] = {}
             folder = arguments.output / f"{way.replace(' ', '-')}-{seed}"
             if not (folder / "config.json").exists():
                 train(arguments, folder, training, WAYS[way], seed)

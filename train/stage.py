@@ -355,7 +355,7 @@ class StageTrainer(Trainer):
         Processes have other numbers of windows and of rounds of fusion. Parts that are shared out would have to run
         equally often in all.
         """
-        text = self.extractor.language_model
+        text: Any = self.extractor.language_model
         plugin = self.accelerator.state.fsdp_plugin
         plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in text.layers})
         plugin.ignored_modules = [part for part in self.frozen if part is not text]
