@@ -211,7 +211,8 @@ def test_saved_and_loaded_again(loaded, tmp_path):
     assert type(AutoModelForMultimodalLM.from_pretrained(tmp_path)) is type(loaded.model)
     inputs = ask(loaded, [noise(4.2)], target_length=9)
     again = ask(SimpleNamespace(processor=processor), [noise(4.2)], target_length=9)
-    assert torch.equal(model(**again).logits, loaded.model(**inputs).logits)
+    # Where weights lie in memory decides in what order they are summed up.
+    torch.testing.assert_close(model(**again).logits, loaded.model(**inputs).logits, rtol=0, atol=1e-5)
 
 
 def arguments(stage: Any, model: Path, data: Path, output: Path) -> list[str]:
