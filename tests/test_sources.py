@@ -136,8 +136,10 @@ def test_a_bad_row_of_a_tar_file_is_named_and_a_compressed_one_refused(tmp_path)
 
 
 @pytest.fixture
-def corpus(data: Path, tmp_path: Path) -> Path:
+def corpus(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of four Parquet files of three rows, whose texts are their numbers."""
+    # `datasets` waits 5 s after every Parquet stream, for threads that read over a network.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     content = (data / "clips" / "1.wav").read_bytes()
     for file in range(4):
         rows = {"audio": [{"bytes": content, "path": None}] * 3, "transcript": [f"{file}{n}" for n in range(3)]}
