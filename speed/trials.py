@@ -154,7 +154,8 @@ class EncoderAlone(SpeechExtractor):
     """An encoder without a model around it."""
 
     def __init__(self, encoder: Any, windows_per_batch: int) -> None:
-        self.audio_tower, self.config = encoder, SimpleNamespace(windows_per_batch=windows_per_batch)
+        self.audio_tower = encoder
+        self.config = SimpleNamespace(windows_per_batch=windows_per_batch, windows=windows_fastlongspeech.WINDOWS)
 
     def encode_windows(self, input_features: Tensor, mel_frames: Tensor) -> Tensor:
         return self.audio_tower(input_features, mel_frames).last_hidden_state
