@@ -198,7 +198,7 @@ def test_text_outside_the_blocks_is_kept():
         insert_blocks(again.replace("<!-- end b -->", ""), {"b": "5"}, "page.md", "evaluation/paper.py")
 
 
-@pytest.mark.parametrize("name", ["paper-demo.yaml", "paper-qwen2-audio-7b.yaml"])
+@pytest.mark.parametrize("name", ["paper-demo.yaml", "paper-qwen2-audio-7b.yaml", "paper-small.yaml"])
 def test_every_command_of_our_recipes_is_understood(name):
     recipe = Recipe.read(str(RECIPES / name))
     conditions = recipe.conditions()
