@@ -33,7 +33,8 @@ METHODS = {
 }
 BY_TRANSCRIPT = ("cascade", "ctc_cascade", "true_transcript")
 CASCADE = "This is the transcript of a recording: {transcript}\n\n{question}"
-TRANSCRIPT_TOKENS = 256  # of one 30 s window: 75 words at 150 a minute, and room
+WINDOW_SECONDS = 30  # what the base model hears at once and what is transcribed at once, whatever the encoder reads
+TRANSCRIPT_TOKENS = 256  # of one such window: 75 words at 150 a minute, and room
 
 
 def make_prompt(processor: Any, question: str, audio: bool) -> str:
@@ -185,11 +186,10 @@ class Answerer:
         Raises:
             ValueError: the method can't hear one of the recordings, or has no room for one of the questions.
         """
-        window = self.processor.feature_extractor.chunk_length
-        if self.method == "vanilla" and max(durations) > window:
-            count = sum(duration > window for duration in durations)
+        if self.method == "vanilla" and max(durations) > WINDOW_SECONDS:
+            count = sum(duration > WINDOW_SECONDS for duration in durations)
             raise ValueError(
-                f"vanilla hears clips of up to {window} s, but {count} rows have longer ones, up to "
+                f"vanilla hears clips of up to {WINDOW_SECONDS} s, but {count} rows have longer ones, up to "
                 f"{max(durations):.1f} s; take another compression, or clips."
             )
         if self.method == "ntk_rope":
@@ -288,7 +288,7 @@ class Answerer:
 
     def _transcribe(self, encoded: EncodedRecordings) -> Answer:
         """Returns what the language model writes down of a recording, window by window, with every frame."""
-        windows = encoded.pieces(self.processor.feature_extractor.chunk_length)
+        windows = encoded.pieces(WINDOW_SECONDS)
         written: list[Answer] = []
         size = self.model.config.windows_per_batch
         for first in range(0, len(windows), size):
