@@ -109,8 +109,8 @@ class Adapter:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Tells whether a folder holds an adapter."""
-    return (folder / CONFIG).exists()
+    """Tells whether a folder holds an adapter, and not a model, which may have one beside its weights."""
+    return (folder / CONFIG).exists() and not (folder / "config.json").exists()
 
 
 __all__ = ["Adapter", "is_adapter"]

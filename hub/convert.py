@@ -24,6 +24,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..app.loading import find_device
 from ..ctc_fastlongspeech import FastLongSpeechCTCDecoder
+from .adapters import CONFIG as ADAPTER_CONFIG
 from .adapters import Adapter, is_adapter
 from .hosts import Host, find_host
 from .verify import SECONDS, compare, make_inputs, our_logits, stock_logits
@@ -102,7 +103,7 @@ def convert(
         source: folder of a checkpoint of a host.
         output: where to; empty, absent, or of the same conversion that was stopped.
         name, revision: what the record says of the source.
-        adapter: folder or Hub id of a LoRA adapter that is merged.
+        adapter: folder or Hub id of a LoRA adapter that is merged, as one that lies beside the source's weights is.
         ctc_model: the CTC decoder's SentencePiece model; by default the source's.
         processor: folder or Hub id of tokenizer and feature extractor; by default the source's.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; by default the source's.
@@ -131,7 +132,14 @@ def convert(
     if config.tie_word_embeddings:
         _untie(model, config, shapes, names, stored)
     check_names(shapes, {ours: stored.shapes[stored_name] for ours, stored_name in names.items()}, has_ctc)
-    added = None if adapter is None else Adapter(fetch(adapter), host, shapes)
+    beside = (source / ADAPTER_CONFIG).exists()
+    if beside and adapter is not None:
+        raise ValueError(
+            f"{source} has an adapter of its own beside its weights, which is merged; leave out adapter={adapter!r}."
+        )
+    added = Adapter(source, host, shapes) if beside else None
+    if adapter is not None:
+        added = Adapter(fetch(adapter), host, shapes)
 
     settings = {"source": name or str(source), "revision": revision, "model_type": fields["model_type"]}
     settings |= {"adapter": adapter, "dtype": dtype}
@@ -158,10 +166,11 @@ def convert(
 
     windows = prepared.windows  # a host without a mask hears what a window is padded with
     inputs = make_inputs(prepared, SECONDS if host.model.stock_mask else windows.samples / windows.sampling_rate)
-    with tempfile.TemporaryDirectory() as beside:
-        if added is not None:
-            added.save(Path(beside), str(output))
-        unmerged = None if added is None else Path(beside)
+    with tempfile.TemporaryDirectory() as folder:
+        unmerged = None
+        if added is not None and not beside:  # transformers loads one that lies beside the weights itself
+            unmerged = Path(folder)
+            added.save(unmerged, str(output))
         expected = stock_logits(host, source, unmerged, inputs, DTYPES[dtype], device)
     differences = compare(expected, our_logits(host, output, inputs, DTYPES[dtype], device), DTYPES[dtype])
     record = {**settings, "weights": len(shapes), "ctc_trained": config.ctc_trained, "differences": differences}
