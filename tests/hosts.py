@@ -36,6 +36,7 @@ class TinyHost:
         joined: whether its own class takes the windows of a recording in one row.
         frames: its frames of 30 s.
         converts: whether `convert` takes its checkpoints: those of experts hold each expert's weights apart.
+        released: sizes of its released model, where the defaults of its configuration are of none.
     """
 
     model_type: str
@@ -49,6 +50,7 @@ class TinyHost:
     joined: bool = False
     frames: int = 750
     converts: bool = True
+    released: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def host(self) -> Host:
@@ -161,5 +163,8 @@ TINY_HOSTS = (
         joined=True,
         frames=390,
         converts=False,
+        released={
+            "text_config": {"num_hidden_layers": 48, "num_attention_heads": 32, "head_dim": 128, "vocab_size": 152_064}
+        },
     ),
 )

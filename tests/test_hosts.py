@@ -311,7 +311,7 @@ def test_cost_is_what_torch_counts_in_the_model(tiny, loaded):
 
 
 def test_cost_with_the_sizes_of_the_released_model(tiny):
-    config = tiny.host.config()
+    config = tiny.host.config(**tiny.released)
     cost = ModelCost(config).recording(3600, answer_tokens=100)
     assert cost.frames == 120 * tiny.frames
     assert cost.flops["encoder"] > 1e13 > cost.flops["projector"] > 1e9
