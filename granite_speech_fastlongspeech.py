@@ -5,7 +5,7 @@ whole blocks, so its output (10 Hz) is what is fused. A frame carries its conten
 the head can't be asked any more after the Q-Former; the density of a fused frame is the weighted mean of its frames'.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,7 @@ class FastLongSpeechGraniteSpeechConfig(FastLongSpeechSettings, GraniteSpeechCon
     windows = GraniteSpeechWindows(hop=320, mel_frames_per_frame=BLOCK // FRAMES)
 
     tie_word_embeddings: bool | None = True  # type: ignore[assignment]
+    ctc_trained: bool = False  # there is no CTC decoder of ours to ask; the host's own head weighs frames all the same
 
     @property
     def audio_config(self: Any) -> Any:
@@ -89,7 +90,7 @@ class FastLongSpeechGraniteSpeechModel(HostModel, GraniteSpeechModel):
     """Audio encoder, Q-Former and language model, without a language modelling head."""
 
     config: FastLongSpeechGraniteSpeechConfig
-    _keep_in_fp32_modules = ["encoder.out"]
+    _keep_in_fp32_modules: Any = []  # the encoder feeds its CTC head its own dtype; quantised, it weighs alike
 
     def __init__(self, config: FastLongSpeechGraniteSpeechConfig) -> None:
         GraniteSpeechPreTrainedModel.__init__(self, config)
@@ -107,7 +108,8 @@ class FastLongSpeechGraniteSpeechModel(HostModel, GraniteSpeechModel):
 
     def encode_windows(self, input_features: Tensor, mel_frames: Tensor) -> Tensor:
         counts = self.windows.count_frames(mel_frames)
-        weight = self.encoder.input_linear.weight
+        layer: Any = self.encoder.layers[0]
+        weight = layer.ff1.pre_norm.weight  # of a norm, which is never quantised
         frames = input_features.new_zeros(len(counts), int(counts.max()), self.config.frame_width, dtype=weight.dtype)
         frames = frames if weight.is_meta else frames.to(weight.device)
         # The encoder knows no padding, so windows of one length are read together.
@@ -150,7 +152,7 @@ class FastLongSpeechGraniteSpeechForConditionalGeneration(
     """Answers questions about recordings of any duration."""
 
     config: FastLongSpeechGraniteSpeechConfig
-    _keep_in_fp32_modules = ["model.encoder.out"]
+    _keep_in_fp32_modules: Any = []
     key_mapping = KEY_MAPPING | {r"^encoder\.": "model.encoder.", r"^projector\.": "model.projector."}
     stock_mask = None
 
@@ -158,6 +160,13 @@ class FastLongSpeechGraniteSpeechForConditionalGeneration(
         GraniteSpeechPreTrainedModel.__init__(self, config)
         self.model = FastLongSpeechGraniteSpeechModel(config)
         self.add_head()
+
+    @classmethod
+    def stock_inputs(cls, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns inputs as the stock class takes them: a recording of one window, time first, without padding."""
+        held = int(inputs["feature_attention_mask"].sum())
+        named = super().stock_inputs(inputs)
+        return {**named, "input_features": inputs["input_features"][..., :held].transpose(1, 2)}
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

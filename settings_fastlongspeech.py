@@ -43,7 +43,8 @@ class FastLongSpeechSettings:
             0 means the language model's own vocabulary.
         ctc_projector: whether the CTC decoder has a projector of its own to the width of the language model;
             without, it reads the output of the multimodal projector.
-        ctc_trained: whether the CTC decoder is trained. As long as it is not, every frame weighs 1.
+        ctc_trained: whether the CTC decoder is trained. As long as it is not, every frame weighs 1. Also false for a
+            host that has none of ours; there its own CTC head weighs frames.
         content_density: `"ctc"` (Eq. 3) or `"uniform"` (every frame weighs 1).
         compression: what shortens a recording when a call names nothing, see `compression_fastlongspeech.py`:
             `"iterative_fusion"`, a rival (`"random"`, `"average_pooling"`, `"most_similar"`, `"adjacent_merging"`), an

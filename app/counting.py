@@ -135,8 +135,6 @@ class CountedHost:
         }
         audio = self.config.audio_config
         settings |= {"mel_bins": audio.num_mel_bins, "mlp": 0, "layers": 0}  # which `window` counts
-        if not hasattr(self.model, "ctc_decoder"):  # a host with a CTC head of its own asks it in `window`
-            settings["ctc_trained"] = False
         settings |= {"width": self.config.frame_width, "text_config": self.config.get_text_config().to_dict()}
         self.sizes = Sizes(**settings)
         self._counts: dict[int, int] = {}

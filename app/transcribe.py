@@ -34,7 +34,7 @@ def print_transcript(arguments: argparse.Namespace) -> None:
     form = "json" if arguments.json else arguments.format or "txt"
     session = open_session(arguments, progress=False)
     if not session.model.config.ctc_trained and (arguments.ctc or arguments.times == "words"):
-        raise ValueError("the CTC decoder of this model is not trained, and it alone knows words and their times.")
+        raise ValueError("this model has no trained CTC decoder, which alone knows words and their times.")
     samples = session.read(arguments.recording)
     seconds = len(samples) / session.processor.feature_extractor.sampling_rate
     print_now = None

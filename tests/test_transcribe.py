@@ -159,7 +159,7 @@ def test_without_a_trained_ctc_decoder_windows_have_times_and_words_have_none(
     assert "unfinished 2" in err
     for options in (["--ctc"], ["--format", "json", "--times", "words"]):
         assert run(recording, *options) == 1
-        assert "the CTC decoder of this model is not trained" in capsys.readouterr().err
+        assert "this model has no trained CTC decoder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

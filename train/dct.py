@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None, collator: type[DCTCollator] = DCTCol
     processor = host.processor.from_pretrained(settings.model)
     model = load_model(host, settings, quantised=settings.tuning == "qlora")
     config = copy.deepcopy(model.config)
-    if not config.ctc_trained and training.process_index == 0:
+    if hasattr(model.model, "ctc_decoder") and not config.ctc_trained and training.process_index == 0:
         print("# the CTC decoder is not trained, so all frames weigh the same; run stage 1 first", flush=True)
     set_seed(training.seed)
     adapted = make_trainable(model, settings)
