@@ -21,10 +21,12 @@ from fastlongspeech.train import ctc, dct
 from fastlongspeech.train.stage import StageTrainer, last_checkpoint, parse_settings
 
 
-def arguments(stage, model: Path, data: Path, output: Path, *more: object) -> list[str]:
-    """Four steps of four rows at a learning rate that shows."""
+def arguments(stage, model: Path, data: Path, output: Path, *more: object, own: list | None = None) -> list[str]:
+    """Four steps of four rows at a learning rate that shows; `own` are the stage's own settings."""
     manifest = data / ("asr.jsonl" if stage is ctc else "qa.jsonl")
-    own = ["--vocab_size", 30] if stage is ctc else ["--lora_r", 4, "--lora_dropout", 0, "--target_lengths", 9, 5, 2]
+    if own is None:
+        own = ["--lora_r", 4, "--lora_dropout", 0, "--target_lengths", 9, 5, 2]
+        own = ["--vocab_size", 30] if stage is ctc else own
     settings = ["--model", model, "--train_data", manifest, "--output_dir", output, *own, "--max_steps", 4]
     settings += ["--per_device_train_batch_size", 4, "--learning_rate", 0.02, "--lr_scheduler_type", "constant"]
     settings += ["--optim", "sgd", "--use_cpu", "--disable_tqdm", "true", "--save_strategy", "no", *more]

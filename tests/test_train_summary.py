@@ -15,7 +15,7 @@ from test_train import arguments, changed
 from transformers import AutoModelForMultimodalLM
 
 from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
-from fastlongspeech.train import dct, summary
+from fastlongspeech.train import summary
 from fastlongspeech.train.stage import StageTrainer, parse_settings
 
 OWN = ("--interval", 16, "--curriculum", "2", "2,4", "--curriculum_steps", 2)
@@ -23,10 +23,7 @@ OWN = ("--interval", 16, "--curriculum", "2", "2,4", "--curriculum_steps", 2)
 
 def trained(model: Path, data: Path, output: Path, *more: object, own: tuple = OWN) -> dict[str, torch.Tensor]:
     """The weights that four steps end with."""
-    words = arguments(dct, model, data, output)  # dct's own settings are the stage's too, but for the lengths
-    first = words.index("--target_lengths")
-    words = words[:first] + words[first + 4 :] + [str(word) for word in (*own, *more)]
-    summary.main(words)
+    summary.main(arguments(summary, model, data, output, *own, *more, own=["--lora_r", 4, "--lora_dropout", 0]))
     return load_file(output / "model.safetensors")
 
 
