@@ -44,6 +44,8 @@ def hear(extractor: SpeechExtractor, placeholders: Tensor, resize: bool, **audio
         heard = len(features[0] if features[2] is None else features[2])
     elif features[0] is not None:
         raise ValueError("give either input_features or recordings that are encoded already, got both.")
+    elif hasattr(recordings, "openings"):
+        raise ValueError("recordings that are summed up are for generate alone; give here what encode returned.")
     else:
         heard = len(recordings)
     shared = recordings is not None and heard == 1

@@ -166,7 +166,7 @@ def summary_intervals(frames: int, interval: int, ratio: int | Sequence[int]) ->
         raise ValueError(
             f"compression_ratio must be an integer or one for each of {len(starts)} intervals, got {ratios}."
         )
-    if any(not isinstance(of_interval, int) or of_interval < 1 for of_interval in ratios):
+    if any(type(of_interval) is not int or of_interval < 1 for of_interval in ratios):
         raise ValueError(
             f"compression_ratio must be a positive integer, got {ratio}; 1 is one summary for each frame."
         )

@@ -83,6 +83,44 @@ def test_a_batch_answers_as_its_rows_alone(model: Model, batch: Inputs, strategy
     assert answer(model, encoded(model, batch), **options) == together
 
 
+def test_prompt_lookup_equals_greedy_search_and_saves_steps(model: Model, batch: Inputs) -> None:
+    repeats = with_summaries(48)  # says tokens again, which are looked up
+    read: list[int] = []
+    repeats.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    options, steps = {"max_new_tokens": 12, "prompt_lookup_num_tokens": 3}, 0
+    for one in (model, repeats):
+        for row in (row for row in one_by_one(batch) if "input_features" in row):
+            greedy = answer(one, row, **SUMMARY, max_new_tokens=12)
+            assert answer(one, row, **SUMMARY, **options) == greedy
+            kept = one.summarise(**row, compression_ratio=RATIO)
+            prompt = {name: row[name] for name in ("input_ids", "attention_mask")}
+            read.clear()
+            assert answer(one, prompt | {"recordings": kept}, **options) == greedy
+            assert max(read, default=0) <= 4  # what follows the recordings, or a draft and the token before it
+            steps += len(read)
+    assert 0 < steps < 3 * 13
+
+
+def test_beams_and_answers_of_recordings_of_very_different_durations(
+    model: Model, make_audio: Make, make_prompts: Make
+) -> None:
+    """Two minutes, one frame, and 37 s in one batch."""
+    durations, frames = ([3000] * 4, [4], [3000, 700]), (3000, 1, 925)
+    together = make_audio(*durations) | make_prompts(*([n] for n in frames))
+    alone, window = [], 0
+    for row, windows in enumerate(durations):
+        real = together["attention_mask"][row].bool()
+        inputs = {name: together[name][row : row + 1, real] for name in ("input_ids", "attention_mask")}
+        for name in ("input_features", "feature_attention_mask"):
+            inputs[name] = together[name][window : window + len(windows)]
+        window += len(windows)
+        inputs["windows_per_audio"] = torch.tensor([len(windows)])
+        alone += answer(model, inputs, **SUMMARY, num_beams=3, num_return_sequences=2)
+    assert answer(model, together, **SUMMARY, num_beams=3, num_return_sequences=2) == alone
+
+
 def test_summaries_give_other_answers_than_every_frame(model: Model, batch: Inputs) -> None:
     assert answer(model, batch, **SUMMARY) != answer(model, batch, compression="none")
     assert answer(model, batch, **SUMMARY) != answer(model, batch, **SUMMARY, target_length=75)
@@ -221,6 +259,19 @@ FRESH_PROCESS = """
     kept.save("kept.safetensors")
     save_file({"answers": model.generate(**inputs, **options)}, "out.safetensors")
 """
+ANOTHER_DAY = """
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForMultimodalLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    model = AutoModelForMultimodalLM.from_pretrained("model", trust_remote_code=True).eval()
+    kept = get_class_from_dynamic_module("summarised_fastlongspeech.SummarisedRecordings", "model")
+    kept = kept.load("kept.safetensors")
+    inputs = load_file("inputs.safetensors")
+    prompts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    answers = model.generate(**prompts, recordings=kept, max_new_tokens=6, do_sample=False)
+    save_file({"answers": answers}, "out.safetensors")
+"""
 
 
 @pytest.mark.slow
@@ -234,6 +285,8 @@ def test_a_process_without_the_package_sums_up_alike(model: Model, batch: Inputs
     prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
     kept = SummarisedRecordings.load(tmp_path / "kept.safetensors")
     assert answer(model, prompts | {"recordings": kept}) == found[:, -NEW:].tolist()
+    run_without_the_package(tmp_path, ANOTHER_DAY)
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["answers"], found)
 
 
 # Refused
@@ -252,6 +305,9 @@ def refuse(model: Model, inputs: Inputs, sentence: str, **options: Any) -> None:
         ({"past_key_values": DynamicCache()}, "past_key_values can't be read before recordings that are summed up"),
         ({"prefill_chunk_size": 8}, "prefill_chunk_size cannot split prompts that hold recordings"),
         ({"compression_ratio": 0}, "compression_ratio must be a positive integer, got 0"),
+        ({"compression_ratio": True}, "compression_ratio must be a positive integer, got True"),
+        ({"compression_ratio": 2.0}, r"compression_ratio must be a positive integer, got 2\.0"),
+        ({"compression_ratio": [4, 4]}, "compression_ratio must be an integer or one for each of 3 intervals"),
         ({"target_length": 0}, "target_length must be"),
         ({"compression": "none"}, "compression_ratio is for compression=\"summary\", got 4 with 'none'; leave it out"),
     ],
@@ -286,6 +342,18 @@ def test_summaries_that_do_not_fit_are_refused(model: Model, batch: Inputs, tmp_
         SummarisedRecordings.load(tmp_path / "z.safetensors")
     with pytest.raises(ValueError, match="summaries must be of one model to be joined, got those of 2"):
         SummarisedRecordings.cat([kept, with_summaries(48, seed=3).summarise(**batch)])
+
+
+def test_without_a_recording_nothing_is_summed_up(model: Model, make_audio: Make, make_prompts: Make) -> None:
+    prompt = make_prompts([3])
+    with pytest.raises(ValueError, match="there is no recording to sum up; give input_features, or recordings"):
+        model.summarise(**prompt)
+    with pytest.raises(ValueError, match="input_features hold no recording as long as one frame"):
+        model.summarise(**prompt, **make_audio([2]))
+    kept = model.summarise(**prompt, **make_audio([3]))  # 30 ms are a frame
+    assert kept.lengths.tolist() == [1]
+    with pytest.raises(ValueError, match="recordings that are summed up are for generate alone"):
+        model(**make_prompts([1]), recordings=kept)
 
 
 def test_a_prompt_must_go_on_after_its_last_recording(model: Model, batch: Inputs) -> None:

@@ -176,7 +176,8 @@ class SummaryGenerationMixin(GenerationMixin):
         parent: Any = super()
         recordings, compression = kwargs.get("recordings"), kwargs.get("compression")
         hears = kwargs.get("input_features") is not None or recordings is not None
-        if not isinstance(recordings, SummarisedRecordings):
+        summed_up = hasattr(recordings, "openings")  # whether the class is ours or its copy beside a checkpoint
+        if not summed_up:
             ratio = kwargs.pop("compression_ratio", None)
             if not hears or self.model.summary_ratio(compression, ratio) is None:
                 return parent.generate(inputs, generation_config, **kwargs)
@@ -186,18 +187,20 @@ class SummaryGenerationMixin(GenerationMixin):
         audio_inputs = {name: kwargs.pop(name, None) for name in AUDIO_INPUTS}
         input_ids = kwargs.pop("input_ids", inputs)
         attention_mask = kwargs.pop("attention_mask", None)
-        if isinstance(recordings, SummarisedRecordings):
+        if summed_up:
             given = [name for name, value in audio_inputs.items() if value is not None and name != "recordings"]
             given = [name for name in given if (name, compression) != ("compression", "summary")]
             if given:
                 raise ValueError(f"recordings that are summed up already leave no choice of {given[0]}; leave it out.")
-            summaries = self._received_summaries(recordings)
+            summaries = self._received_summaries(recordings)  # type: ignore[arg-type]
         else:
             summaries = self._summarise(input_ids, attention_mask, audio_inputs)
         ids, mask, cache = self._go_on(summaries, input_ids, attention_mask)
         self._warn_beyond_context(ids.shape[1])
         self._count_new_tokens(input_ids.shape[1], generation_config or self.generation_config, kwargs)
-        answers = parent.generate(ids, generation_config, attention_mask=mask, past_key_values=cache, **kwargs)
+        answers = parent.generate(
+            ids, generation_config, attention_mask=mask, past_key_values=cache, has_begun=True, **kwargs
+        )
         sequences = answers if isinstance(answers, Tensor) else answers.sequences
         asked = input_ids.to(sequences.device).repeat_interleave(len(sequences) // len(input_ids), dim=0)
         sequences = torch.cat((asked, sequences[:, ids.shape[1] :]), dim=1)
@@ -212,6 +215,10 @@ class SummaryGenerationMixin(GenerationMixin):
         """As `summarise`, without a fingerprint: it costs a look at the weights."""
         config = self.config
         ratio = self.model.summary_ratio("summary", audio_inputs["compression_ratio"])
+        if audio_inputs.get("input_features") is None and audio_inputs.get("recordings") is None:
+            raise ValueError(
+                "there is no recording to sum up; give input_features, or recordings as encode returns them."
+            )
         if audio_inputs["target_length"] is None:
             audio_inputs["target_length"] = config.target_length
         real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
@@ -344,6 +351,18 @@ class SummaryGenerationMixin(GenerationMixin):
                 )
             merged.update(*padded, number)
         return merged
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, next_sequence_length: int | None = None, has_begun: bool = False, **kwargs: Any
+    ) -> Any:
+        """As transformers; of a prompt that `has_begun`, what its cache lacks.
+
+        Before the first draft of a prompt lookup, transformers reads the whole prompt once more.
+        """
+        if has_begun and next_sequence_length is None:
+            next_sequence_length = input_ids.shape[1] - kwargs["past_key_values"].get_seq_length()
+        parent: Any = super()
+        return parent.prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
 
     @staticmethod
     def _refuse_other_caches(generation_config: Any, options: dict[str, Any]) -> None:

@@ -185,6 +185,8 @@ class SpeechSummary:
                 'compression="summary" needs summary projections, which this model has none of; train them '
                 "(fastlongspeech.train.summary), or take another compression."
             )
+        if isinstance(compression_ratio, Tensor):  # one for each interval, from a data loader
+            return compression_ratio.tolist()
         return self.config.compression_ratio if compression_ratio is None else compression_ratio
 
     # By intervals, with a cache
@@ -252,7 +254,6 @@ class SpeechSummary:
                 '"eager" to train on summaries.'
             )
         real = torch.ones_like(placeholders) if attention_mask is None else attention_mask.bool()
-        ratio = ratio.tolist() if isinstance(ratio, Tensor) else ratio  # one for each interval, from a data loader
         layouts = [
             lay_out(*row, self.config.summary_interval, ratio)
             for row in zip(real.cpu(), placeholders.cpu(), strict=True)
