@@ -6,6 +6,7 @@ The splits, each a folder of FLAC files and three manifests:
 
 - `train` and `dev`: clips under 30 s;
 - `train-short`: clips of up to 10 s, on which a model learns to sum up (`demo/summary.yaml`);
+- `train-minute`: recordings of up to 75 s, on which it learns to go on (`demo/summary-minute.yaml`);
 - `train-long` and `dev-long`: recordings of up to 4 minutes of the same sentences;
 - `test`: clips under 30 s of held-out sentences;
 - `unheard`: the same, with names and values that training never speaks;
@@ -75,6 +76,7 @@ SPLITS = {
     "train": Split(3400, (4, 29), held_out=False),
     "train-short": Split(400, (4, 10), held_out=False),
     "dev": Split(60, (4, 29), held_out=False),
+    "train-minute": Split(150, (10, 75), held_out=False, questions=12),
     "train-long": Split(500, (10, 240), held_out=False, questions=12),
     "dev-long": Split(12, (60, 240), held_out=False, questions=5),
     "test": Split(200, (8, 29), held_out=True),
