@@ -353,7 +353,12 @@ class SummaryGenerationMixin(GenerationMixin):
         return merged
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, next_sequence_length: int | None = None, has_begun: bool = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,  # named, for transformers looks for the name before it takes any
+        has_begun: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """As transformers; of a prompt that `has_begun`, what its cache lacks.
 
@@ -362,7 +367,9 @@ class SummaryGenerationMixin(GenerationMixin):
         if has_begun and next_sequence_length is None:
             next_sequence_length = input_ids.shape[1] - kwargs["past_key_values"].get_seq_length()
         parent: Any = super()
-        return parent.prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+        return parent.prepare_inputs_for_generation(
+            input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
 
     @staticmethod
     def _refuse_other_caches(generation_config: Any, options: dict[str, Any]) -> None:
