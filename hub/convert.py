@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps(record, indent=2))
 
 
-def fetch(source: str, revision: str | None = None) -> Path:
-    """Returns the folder of a folder or Hub id; of a Hub id, all but its code is downloaded into the cache.
+def fetch(source: str, revision: str | None = None, files: Sequence[str] = FETCHED) -> Path:
+    """Returns the folder of a folder or Hub id; of a Hub id, files of these names are downloaded into the cache.
 
     Raises:
         ValueError: there is no such folder.
@@ -81,7 +81,7 @@ def fetch(source: str, revision: str | None = None) -> Path:
         return Path(source)
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise ValueError(f"{source} is no folder, and can be no Hub id; give one of both.")
-    return Path(snapshot_download(source, revision=revision, allow_patterns=FETCHED))
+    return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
 
 
 def convert(
@@ -188,7 +188,7 @@ def convert_adapter(source: Path, output: Path, base: str | None) -> None:
         raise ValueError(f"{source} is an adapter; name the converted model that it is for by --base.")
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; choose another folder, or empty it.")
-    folder = fetch(base)
+    folder = fetch(base, files=["config.json"])  # its weights may be large, and are not needed
     host = find_host(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"], str(folder))
     with torch.device("meta"):
         model = host.model(host.config.from_pretrained(folder))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import peft
 import pytest
 import soundfile
 import torch
@@ -51,6 +52,9 @@ def connected(hub: LoopbackHub, environment: dict[str, str], monkeypatch: pytest
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     return hub
@@ -267,3 +271,99 @@ def test_the_auto_classes_load_by_name_and_then_without_a_network(
     again = run(environment | {"HF_HUB_OFFLINE": "1"}, FETCH, REPO, str(recording))
     assert again["logits"] == found["logits"]
     assert len(hub.requests) == before
+
+
+# Adapters
+
+
+@pytest.fixture(scope="module")
+def adapters(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two LoRA adapters of the tiny model, as training leaves them: with its folder as their base."""
+    folders = {}
+    for seed, name in enumerate(("questions", "summaries")):
+        torch.manual_seed(seed)
+        model = FastLongSpeechForConditionalGeneration.from_pretrained(checkpoint)
+        targets = r".*language_model.*\.(q_proj|v_proj)"
+        settings = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+        folders[name] = tmp_path_factory.mktemp(name)
+        peft.get_peft_model(model, settings).save_pretrained(str(folders[name]))
+    return folders
+
+
+def publish_adapter(folder: Path, base: str, repo: str, place: Path) -> None:
+    """As docs/publishing.md says, without the trial in a fresh process."""
+    assert cli.main(["convert", str(folder), str(place), "--base", base]) == 0
+    files, _ = publishing.list_files(place)
+    publishing.push(place, files, make_card(place, repo), repo, False, "main")
+
+
+@torch.no_grad()
+def last_logits(model: Any, inputs: Any) -> torch.Tensor:
+    return model.eval()(**inputs).logits[0, -1]
+
+
+def test_adapters_are_published_apart_or_merged(
+    connected: LoopbackHub,
+    checkpoint: Path,
+    adapters: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    Model = FastLongSpeechForConditionalGeneration
+    files, _ = publishing.list_files(checkpoint)
+    publishing.push(checkpoint, files, "# card", "org/base", False, "main")
+    for name, folder in adapters.items():
+        publish_adapter(folder, "org/base", f"org/{name}", tmp_path / name)
+    fetched = [request for request in connected.requests if "/org/base/resolve" in request]
+    assert not any("safetensors" in request for request in fetched)  # an adapter needs the base's configuration alone
+    assert set(files_of(connected, "org/questions")) == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    }
+    card = yaml.safe_load(files_of(connected, "org/questions")["README.md"].decode().split("---")[1])
+    assert (card["library_name"], card["base_model"], card["base_model_relation"]) == ("peft", "org/base", "adapter")
+
+    processor = FastLongSpeechProcessor.from_pretrained(checkpoint)
+    prompt = "<|audio_bos|><|AUDIO|><|audio_eos|>What?"
+    inputs = processor(text=prompt, audio=speech(2), sampling_rate=RATE, target_length=9)
+    expected = {}  # by PEFT from the folders that training has left
+    for name, folder in adapters.items():
+        expected[name] = last_logits(peft.PeftModel.from_pretrained(Model.from_pretrained(checkpoint), folder), inputs)
+    assert (expected["questions"] - expected["summaries"]).abs().max() > 1e-2
+
+    alone = peft.AutoPeftModelForCausalLM.from_pretrained("org/questions", trust_remote_code=True)
+    torch.testing.assert_close(last_logits(alone, inputs), expected["questions"])
+    base = Model.from_pretrained("org/base")
+    model = peft.PeftModel.from_pretrained(base, "org/questions", adapter_name="questions")
+    model.load_adapter("org/summaries", adapter_name="summaries")
+    for name in ("summaries", "questions", "summaries"):
+        model.set_adapter(name)
+        torch.testing.assert_close(last_logits(model, inputs), expected[name])
+    with model.disable_adapter():
+        torch.testing.assert_close(last_logits(model, inputs), last_logits(Model.from_pretrained(checkpoint), inputs))
+
+    merged = tmp_path / "merged"
+    assert cli.main(["convert", str(checkpoint), str(merged), "--adapter", "org/summaries"]) == 0
+    files, _ = publishing.list_files(merged)
+    publishing.push(merged, files, make_card(merged, "org/merged"), "org/merged", False, "main")
+    assert "adapter_config.json" not in files_of(connected, "org/merged")
+    torch.testing.assert_close(last_logits(Model.from_pretrained("org/merged"), inputs), expected["summaries"])
+
+
+@pytest.mark.slow
+def test_a_published_adapter_is_tried_in_a_fresh_process(
+    hub: LoopbackHub, published: str, environment: dict[str, str], adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    program = "import sys; from fastlongspeech.app.cli import main; sys.exit(main(sys.argv[1:]))"
+    own = environment | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    for arguments in (
+        ["convert", str(adapters["questions"]), "lora", "--base", REPO],
+        ["push", "org/tried", "--model", "lora"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments], env=own, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert "answers as lora: logits differ by " in done.stdout.splitlines()[-1]
