@@ -11,6 +11,7 @@ over all heads; `attention, later half`, over those of the later half of its lay
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,18 @@ import torch
 from tqdm import tqdm
 
 from .. import load_recording
+from ..app.markdown import insert_blocks, table
 from ..app.places import find_place
 from ..app.session import Heard, Session
 from ..app.words import ctc_words
+from ..evaluation.journal import Journal, read_journal
 from ..evaluation.scoring import token_f1
 from ..prompts_fastlongspeech import embed_prompts
 from .corpus import HUMAN_QUESTIONS
 
 RATE = 16_000
 WITHIN = 5.0  # seconds
+GOOD_F1 = 0.5  # an answer that shares as much with a right one is right
 SMOOTH = 25  # tokens, about a second of speech: one peak is no place
 TARGET_LENGTH = 750
 WAYS = ("words", "words of the answer", "attention", "attention, later half")
@@ -50,7 +54,7 @@ def recordings(speech: Path) -> list[dict[str, Any]]:
         start, end = row.get("start", 0.0), row.get("end") or offset
         samples = np.concatenate(read)[round(start * RATE) : round(end * RATE)]
         moved = [(first - start, last - start) for first, last in sentences]
-        found.append({"samples": samples, "questions": row["questions"], "sentences": moved})
+        found.append({"name": row["recording"], "samples": samples, "questions": row["questions"], "sentences": moved})
     return found
 
 
@@ -89,44 +93,92 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--answers", nargs="+", default=["own", "right"], choices=["own", "right"])
     parser.add_argument("--questions", type=int, metavar="N", help="of each recording, the first N (default: all)")
-    parser.add_argument("--output", type=Path, help="JSON lines, one for each question")
+    parser.add_argument("--output", type=Path, help="JSON lines, one for each answer; a run that was stopped goes on")
+    parser.add_argument("--page", type=Path, help="page whose block `places` is written anew")
     arguments = parser.parse_args(argv)
+    answers, ways = sorted(arguments.answers), [way for way in WAYS if way in arguments.ways]
+    begun = {"model": arguments.model, "dtype": arguments.dtype, "ways": ways, "answers": answers}
+    kept = read_journal(arguments.output) if arguments.output else []
+    if kept and kept[0] != begun:
+        raise ValueError(f"--output {arguments.output} was begun with {kept[0]}; name another file.")
+    rows = kept[1:]
+    done = {(row["recording"], row["question"], row["answer_of"]) for row in rows}
+    journal = Journal(arguments.output) if arguments.output else None
+    if journal and not kept:
+        journal.append(begun)
     session = Session(arguments.model, dtype=arguments.dtype, max_new_tokens=40)
-    attends = any(way.startswith("attention") for way in arguments.ways)
+    attends = any(way.startswith("attention") for way in ways)
     if attends:
         model: Any = session.model
         model.set_attn_implementation("eager")  # the only one that returns what it attends to
-    rows = []
     for recording in tqdm(recordings(arguments.speech)):
+        questions = recording["questions"][: arguments.questions]
+        wanted = [
+            (asked, whose)
+            for asked in questions
+            for whose in answers
+            if (recording["name"], asked["question"], whose) not in done
+        ]
+        if not wanted:
+            continue
         heard = session.listen({"array": recording["samples"], "sampling_rate": RATE})
         words = ctc_words(session.model, session.processor, heard.encoded)
-        for asked in tqdm(recording["questions"][: arguments.questions], leave=False):
+        for asked, whose in tqdm(wanted, leave=False):
             question = asked["question"]
             sentence = next((s for s in recording["sentences"] if s[0] - 0.01 <= asked["said"] < s[1]), None)
             start, end = sentence or (asked["said"], asked["said"])
-            answers = {"right": asked["answers"][0]}
-            if "own" in arguments.answers:
-                answers["own"] = session.ask(heard, question, TARGET_LENGTH).text
-            for whose in arguments.answers:
-                answer = answers[whose]
-                places = attended(session, heard, question, answer) if attends and answer else {}
-                for name, of_question in (("words", question), ("words of the answer", "")):
-                    place = find_place(words, of_question, answer)
-                    if place is not None:
-                        places[name] = place.start
-                hits = {name: start - WITHIN <= place <= end + WITHIN for name, place in places.items()}
-                rows.append({"answer_of": whose, "f1": token_f1(answer, asked["answers"]), "hits": hits, **asked})
-                rows[-1] |= {"places": places, "sentence": [start, end], "given": answer}
-                if arguments.output:
-                    text = "".join(json.dumps(row) + "\n" for row in rows)
-                    arguments.output.write_text(text, encoding="utf-8")
+            right = whose == "right"
+            answer = asked["answers"][0] if right else session.ask(heard, question, TARGET_LENGTH).text
+            places = attended(session, heard, question, answer) if attends and answer else {}
+            for name, of_question in (("words", question), ("words of the answer", "")):
+                place = find_place(words, of_question, answer)
+                if place is not None:
+                    places[name] = place.start
+            row = {
+                "recording": recording["name"],
+                "answer_of": whose,
+                "f1": token_f1(answer, asked["answers"]),
+                **asked,
+            }
+            row |= {"places": places, "sentence": [start, end], "given": answer}
+            rows.append(row)
+            if journal:
+                journal.append(row)
+    text = describe(rows, ways, arguments)
+    print(text)
+    if arguments.page:
+        page = arguments.page.read_text(encoding="utf-8")
+        blocks = insert_blocks(page, {"places": text}, str(arguments.page), "small/places.py")
+        arguments.page.write_text(blocks, encoding="utf-8")
+
+
+def describe(rows: list[dict[str, Any]], ways: list[str], arguments: argparse.Namespace) -> str:
+    """Returns the table of how many places are right, and how it was made."""
     own_rows, right_rows = ([row for row in rows if row["answer_of"] == whose] for whose in ("own", "right"))
-    good = [row for row in own_rows if row["f1"] >= 0.5]
-    sets = (own_rows, good, right_rows)
-    print("| way | the model's answers | those that are right | right answers given |\n|---|---:|---:|---:|")
-    for way in arguments.ways:
-        shares = [f"{sum(row['hits'].get(way, False) for row in some)} of {len(some)}" for some in sets]
-        print(f"| {way} | {' | '.join(shares)} |")
+    good = [row for row in own_rows if row["f1"] >= GOOD_F1]
+    sets = {"the model's answers": own_rows, "those that are right": good, "right answers given": right_rows}
+    shown = {name: some for name, some in sets.items() if some}
+    lines = []
+    for way in ways:
+        counts = [sum(is_right(row, way) for row in some) for some in shown.values()]
+        lines.append(
+            (way, *(f"{n} of {len(s)} ({n / len(s):.0%})" for n, s in zip(counts, shown.values(), strict=True)))
+        )
+    asked = len({(row["recording"], row["question"]) for row in rows})
+    of = len({row["recording"] for row in rows})
+    return (
+        table(("way", *shown), lines)
+        + f"\n\n{asked} questions about {of} recordings of people. An answer "
+        + f"is right from a token F1 of {GOOD_F1} on. Made by `python -m fastlongspeech.small.places --speech SPEECH "
+        + f"--model MODEL --ways {shlex.join(ways)}`."
+    )
+
+
+def is_right(row: dict[str, Any], way: str) -> bool:
+    """Tells whether a way's place lies within `WITHIN` seconds of the sentence that answers the question."""
+    start, end = row["sentence"]
+    place = row["places"].get(way)
+    return place is not None and start - WITHIN <= place <= end + WITHIN
 
 
 if __name__ == "__main__":
