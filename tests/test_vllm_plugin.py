@@ -1,7 +1,8 @@
-"""The vLLM plugin (`vllm/`), as far as it can be checked without a GPU: registration, fields, placeholders, profiling,
-names of weights, and embeddings beside those of our own model. vLLM is too large for continuous integration: where it
-is not installed, all of this is skipped."""
+"""The vLLM plugin (`vllm/`): registration, fields, placeholders, profiling, names of weights, and embeddings beside
+those of our own model, on a CPU; and, marked slow, answers of vLLM's engine. vLLM is too large for continuous
+integration: where it is not installed, all of this is skipped. `vllm/README.md` says how it is run."""
 
+import importlib.metadata
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,17 @@ import torch
 from conftest import RATE, speech
 from torch import nn
 
-from fastlongspeech import FastLongSpeechConfig, FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
+from fastlongspeech import (
+    FastLongSpeechConfig,
+    FastLongSpeechForConditionalGeneration,
+    FastLongSpeechProcessor,
+    load_recording,
+)
 
 pytest.importorskip("vllm.multimodal.inputs", reason="vLLM is not installed", exc_type=ImportError)
-sys.path.insert(0, str(Path(__file__).parents[1] / "vllm"))
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "checkpoints" / "fastlongspeech-demo"
+sys.path.insert(0, str(ROOT / "vllm"))
 
 import fastlongspeech_vllm  # noqa: E402
 from fastlongspeech_vllm import processing  # noqa: E402
@@ -153,3 +161,44 @@ def test_the_configuration_is_known_without_remote_code(checkpoint: Path) -> Non
 
     assert isinstance(AutoConfig.from_pretrained(checkpoint), FastLongSpeechConfig)
     assert np.isclose(FastLongSpeechConfig.from_pretrained(checkpoint).target_length, 750)
+
+
+# The engine. It finds the plugin by its entry point: `pip install --no-deps ./vllm` first.
+
+INSTALLED = any(dist.name == "fastlongspeech-vllm" for dist in importlib.metadata.distributions())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INSTALLED, reason="the plugin is not installed")
+def test_the_engine_answers_as_our_model_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Questions about a recording of several windows, all in one batch, each with a length of its own."""
+    for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    from vllm import LLM, SamplingParams  # type: ignore[attr-defined]
+
+    samples = load_recording(str(ROOT / "demo" / "recording.flac"))
+    processor = FastLongSpeechProcessor.from_pretrained(DEMO)
+    model = FastLongSpeechForConditionalGeneration.from_pretrained(DEMO, dtype=torch.float32).eval()
+    recordings = model.encode(**processor(audio=samples, sampling_rate=RATE))
+    asked, expected = [], []
+    for question in ("When does Patrick arrive?", "Is the speaker a man or a woman?"):
+        turn = {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": question}]}
+        prompt = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+        for length in (750, 200):
+            options: Any = {"tokenize": True, "return_dict": True, "target_length": length, "recordings": recordings}
+            inputs = processor.apply_chat_template([turn], add_generation_prompt=True, **options)
+            answer = model.generate(
+                **inputs, recordings=recordings, target_length=length, max_new_tokens=24, do_sample=False
+            )
+            said = processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+            expected.append((inputs["input_ids"].shape[1], said.strip()))
+            asked.append(
+                {
+                    "prompt": prompt,
+                    "multi_modal_data": {"audio": (samples, RATE)},
+                    "mm_processor_kwargs": {"target_length": length},
+                }
+            )
+    engine = LLM(str(DEMO), dtype="float32", enforce_eager=True, max_model_len=1024, max_num_seqs=4)
+    answers = engine.generate(asked, SamplingParams(temperature=0, max_tokens=24))
+    assert [(len(a.prompt_token_ids), a.outputs[0].text.strip()) for a in answers] == expected
