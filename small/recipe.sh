@@ -21,20 +21,20 @@ corpus=$WORK/corpus
 # Settings of a stage: its folders, and few steps of few rows in a rehearsal.
 stage() {
     local name=$1 model=$2 data=$3
+    local held_out=$corpus/$data-val.jsonl
     local -a options=(--model "$WORK/$model" --output_dir "$WORK/$name" --feature_cache "$WORK/features")
-    options+=(--train_data "$corpus/$data-train.jsonl" --eval_data "$corpus/$data-val.jsonl")
-    if [ "$name" = align ]; then
-        options+=(--text_data "$corpus/tasks-train.jsonl")
-    fi
     if [ -n "${STEPS:-}" ]; then
+        held_out=$corpus/$data-val-rehearsal.jsonl
+        head -n 8 "$corpus/$data-val.jsonl" > "$held_out"
         options+=(--max_steps "$STEPS" --per_device_train_batch_size 4 --logging_steps 1)
-        if [ "$name" = align ]; then
-            options+=(--regression_rows 40)
-        fi
-    elif ! nvidia-smi &> /dev/null && grep -q bf16 /proc/cpuinfo; then
-        options+=(--use_cpu true --bf16 true) # three times as fast as float32 on a CPU that multiplies it
     elif nvidia-smi &> /dev/null; then
         options+=(--bf16 true)
+    elif grep -q bf16 /proc/cpuinfo; then
+        options+=(--use_cpu true --bf16 true) # three times as fast as float32 on a CPU that multiplies it
+    fi
+    options+=(--train_data "$corpus/$data-train.jsonl" --eval_data "$held_out")
+    if [ "$name" = align ]; then
+        options+=(--text_data "$corpus/tasks-train.jsonl" ${STEPS:+--regression_rows 40})
     fi
     [ -e "$WORK/$name/config.json" ] || python -m "fastlongspeech.train.$name" "small/$name.yaml" "${options[@]}"
 }
