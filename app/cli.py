@@ -23,6 +23,7 @@ MODULES = {
     "check-data": ("fastlongspeech.data.check", "train", "find what is wrong with a manifest before training does"),
     "serve": ("fastlongspeech.serve.command", "serve", "answer the clients of OpenAI's interface over HTTP"),
     "push": ("fastlongspeech.hub.push", "train", "publish a model on a Hub, and try what was published"),
+    "plan-training": ("fastlongspeech.train.plan", "train", "say what a training step takes, before it is run"),
     "evaluate": ("fastlongspeech.evaluation.run", "eval", "score a model on a benchmark"),
     "page": ("fastlongspeech.app.page", "page", "serve a page to ask and to see what the model keeps"),
     "show": ("fastlongspeech.app.show", "page", "draw what the model keeps of a recording"),
