@@ -9,10 +9,11 @@ import pytest
 import yaml
 from conftest import write_rows
 from PIL import Image
+from test_align import arguments as align_arguments
 from test_train import arguments
 
 from fastlongspeech.data.manifests import load_rows
-from fastlongspeech.train import ctc, dct
+from fastlongspeech.train import align, ctc, dct, summary
 from fastlongspeech.train.record import curves, describe_rows
 
 MORE = ["--save_strategy", "steps", "--save_steps", 2, "--logging_steps", 1, "--eval_strategy", "steps"]
@@ -52,6 +53,17 @@ def test_a_run_leaves_a_record_curves_and_a_card(stage, manifest, checkpoint, da
         assert said in card
     assert "started 2 times" in card and str(checkpoint) in card
     assert "is not what it was" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", [align, summary])
+def test_the_other_stages_leave_the_same(stage, checkpoint, data, tmp_path):
+    words = align_arguments(checkpoint, data, tmp_path, "--logging_steps", 1, "--max_steps", 1)
+    if stage is summary:
+        own = ["--interval", 16, "--curriculum", "2", "--lora_r", 4]
+        words = arguments(summary, checkpoint, data, tmp_path, "--logging_steps", 1, "--max_steps", 1, own=own)
+    stage.main(words)
+    assert json.loads((tmp_path / "run.json").read_text())["data"]["train_data"]["rows"] == 6
+    assert (tmp_path / "losses.png").exists() and "| training loss |" in (tmp_path / "README.md").read_text()
 
 
 def test_the_fingerprint_follows_the_rows(data, tmp_path):

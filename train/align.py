@@ -39,7 +39,18 @@ from ..data.streams import StreamRows
 from ..prompts_fastlongspeech import TRANSCRIBE
 from .batches import StepSampler, listen
 from .cache import MISSING, FeatureCache
-from .stage import DTYPES, StageArguments, StageTrainer, export, open_cache, open_run, parse_settings
+from .record import record_start, write_card
+from .stage import (
+    DTYPES,
+    StageArguments,
+    StageTrainer,
+    export,
+    open_cache,
+    open_run,
+    parse_settings,
+    put_weights,
+    trained_weights,
+)
 
 INSTRUCTIONS = (
     TRANSCRIBE,
@@ -300,6 +311,19 @@ def add_lora(model: FastLongSpeechForConditionalGeneration, settings: AlignArgum
     return get_peft_model(model, lora)
 
 
+def make_trainable(model: FastLongSpeechForConditionalGeneration, settings: AlignArguments) -> Any:
+    """Returns the model, or adapters around it, with what is tuned in float32; all else is frozen."""
+    model.requires_grad_(False)
+    trained: Any = add_lora(model, settings) if settings.lora_r else model
+    if not settings.lora_r:
+        for part in (model.model.language_model, model.model.multi_modal_projector, model.lm_head):
+            part.requires_grad_(True)
+    for weight in trained.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    return trained
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs stage 0."""
     settings, training = parse_settings(AlignArguments, argv)
@@ -315,11 +339,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(train_rows, StreamRows):
         raise ValueError(f"train_data {settings.train_data} is a stream; stage 0 takes short clips first: prepare it.")
     texts = load_texts(settings.text_data) if settings.text_data else []
+    output = Path(str(training.output_dir))
+    record_start(output, training, {"train_data": train_rows, "eval_data": eval_rows})
 
     processor = FastLongSpeechProcessor.from_pretrained(settings.model)
     dtype = DTYPES[settings.dtype]
     model = FastLongSpeechForConditionalGeneration.from_pretrained(settings.model, dtype=dtype)
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # the cache asks for a frozen encoder
     config = copy.deepcopy(model.config)
     set_seed(training.seed)
     cache = open_cache(settings, training, model, processor)
@@ -334,13 +360,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         right = regress_projector(model, processor, train_rows, settings.regression_rows, cache, main_process)
         if main_process:
             print(f"# regression: the nearest embedding is the right one for {right:.0%} of tokens", flush=True)
-    trained: Any = add_lora(model, settings) if settings.lora_r else model
-    if not settings.lora_r:
-        for part in (model.model.language_model, model.model.multi_modal_projector, model.lm_head):
-            part.requires_grad_(True)
-    for weight in trained.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()
+    trained = make_trainable(model, settings)
 
     collate: Callable[..., Any] = AlignCollator(processor, texts, settings.text_share, training.seed, cache)
     trainer = AlignTrainer(
@@ -356,9 +376,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
 
+    weights = trained_weights(trainer)
     if training.should_save:
+        stage = "Its projector and its language model learned to read the encoder's frames (stage 0)."
+        write_card(output, stage, trainer.state.log_history)
+        model = FastLongSpeechForConditionalGeneration.from_pretrained(settings.model, dtype=dtype)
+        trained = make_trainable(model, settings)
+        put_weights(trained, weights)
         whole = trained.merge_and_unload() if settings.lora_r else model
-        export(whole.to(dtype), config, processor, Path(str(training.output_dir)))
+        export(whole.to(dtype), config, processor, output)
 
 
 if __name__ == "__main__":

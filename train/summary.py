@@ -25,10 +25,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch.utils.data import Dataset
 from transformers import set_seed
 
-from ..app.hosts import find_host
+from ..app.hosts import Host, find_host
 from ..data.manifests import SpeechRows
 from ..data.mixing import load_training_rows
 from ..prompts_fastlongspeech import TRANSCRIBE, placeholder_runs
@@ -36,7 +37,17 @@ from ..summary_fastlongspeech import SUMMARY_MODULES
 from .batches import DCTCollator
 from .cache import FeatureCache
 from .dct import LoRAArguments, add_lora
-from .stage import DTYPES, StageTrainer, export, open_cache, open_run, parse_settings
+from .record import record_start, write_card
+from .stage import (
+    DTYPES,
+    StageTrainer,
+    export,
+    open_cache,
+    open_run,
+    parse_settings,
+    put_weights,
+    trained_weights,
+)
 
 PHASES = {"asr": ("audio", "text"), "questions": ("audio", "question", "answer")}
 PHASES["summary"] = PHASES["questions"]
@@ -155,6 +166,23 @@ def read_curriculum(settings: SummaryArguments) -> list[list[int]]:
     return curriculum if settings.phase == "summary" else []
 
 
+def load_model(host: Host, settings: SummaryArguments, interval: int | None) -> Any:
+    """Returns the model to start from; where an interval is given, with what sums up that many frames."""
+    model = host.model.from_pretrained(settings.model, dtype=DTYPES[settings.dtype])
+    if interval and model.config.summary_interval != interval:
+        model.model.add_summary(interval)
+    return model
+
+
+def make_trainable(model: Any, settings: SummaryArguments, whole: Sequence[str]) -> PeftModel:
+    """Returns adapters around the model, with the modules named in `whole`, in float32; all else is frozen."""
+    adapted = add_lora(model, settings, whole)
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    return adapted
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one phase."""
     settings, training = parse_settings(SummaryArguments, argv)
@@ -165,26 +193,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_rows = load_training_rows(settings.train_data, columns)
         eval_rows = load_training_rows(settings.eval_data, columns) if settings.eval_data else None
 
-    dtype = DTYPES[settings.dtype]
+    output = Path(str(training.output_dir))
+    record_start(output, training, {"train_data": train_rows, "eval_data": eval_rows})
     host = find_host(settings.model)
     processor = host.processor.from_pretrained(settings.model)
-    model = host.model.from_pretrained(settings.model, dtype=dtype)
-    whole: tuple[str, ...] = ("multi_modal_projector",)
-    if curriculum:
-        if model.config.summary_interval != settings.interval:
-            model.model.add_summary(settings.interval)
-        whole = SUMMARY_MODULES
+    interval = settings.interval if curriculum else None
+    whole = SUMMARY_MODULES if curriculum else ("multi_modal_projector",)
+    model = load_model(host, settings, interval)
     compression = model.config.compression
     model.config.compression = "summary" if curriculum else "none"
     config = copy.deepcopy(model.config)
     if not curriculum:
         config.compression = compression
     set_seed(training.seed)
-    adapted = add_lora(model, settings, whole)
-    for weight in adapted.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()
-
+    adapted = make_trainable(model, settings, whole)
     cache = open_cache(settings, training, model, processor)
     lengths = settings.target_lengths or [config.target_length]
     evaluated: Any = eval_rows and eval_rows.at(lengths[0])
@@ -205,12 +227,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
 
+    weights = trained_weights(trainer)
     if training.should_save:
+        stage = f"It was trained to sum recordings up inside its cache, phase {settings.phase}."
+        write_card(output, stage, trainer.state.log_history)
+        adapted = make_trainable(load_model(host, settings, interval), settings, whole)
+        put_weights(adapted, weights)
         merged = adapted.merge_and_unload()
         for name, module in merged.named_modules():
             if name.rpartition(".")[2] in whole:
-                module.to(dtype)
-        export(merged, config, processor, Path(str(training.output_dir)))
+                module.to(DTYPES[settings.dtype])
+        export(merged, config, processor, output)
 
 
 if __name__ == "__main__":
