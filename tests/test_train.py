@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, TrainingArguments
 
 from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
+from fastlongspeech.app.hosts import find_host
 from fastlongspeech.compression_fastlongspeech import COMPRESSIONS, average_pooling
 from fastlongspeech.train import ctc, dct
 from fastlongspeech.train.stage import StageTrainer, last_checkpoint, parse_settings
@@ -239,6 +241,41 @@ def test_frozen_weights_may_be_bfloat16_while_what_trains_is_float32(stage, chec
     before = {name: weight.bfloat16() for name, weight in load_file(checkpoint / "model.safetensors").items()}
     trains = "ctc_decoder" if stage is ctc else "language_model"
     assert changed(before, after) and all(trains in name for name in changed(before, after))
+
+
+@pytest.mark.parametrize("stage", [ctc, dct])
+def test_float16_has_the_loss_and_the_gradients_of_float32(stage, checkpoint, processor, data):
+    # The Trainer mixes float16 on accelerators alone, so a step is written out, with its scaled loss.
+    audio = [str(data / "clips" / f"{number}.wav") for number in (1, 2)]
+    if stage is ctc:
+        inputs = processor(audio=audio, ctc_text=["the cat", "a dog"])
+    else:
+        prompt = "<|audio_bos|><|AUDIO|><|audio_eos|>Who?"
+        inputs = processor(audio=audio, text=[prompt, prompt], answers=["the cat", "a dog"], target_length=9)
+
+    def step(dtype: str) -> tuple[float, dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
+        host = find_host(str(checkpoint))
+        of_both: dict[str, Any] = {"model": str(checkpoint), "train_data": "", "dtype": dtype}
+        if stage is ctc:
+            model = ctc.load_model(host, ctc.CTCArguments(**of_both), processor.ctc_vocab_size)
+            model.model.ctc_decoder.to(torch.float32).requires_grad_(True)
+        else:
+            settings = dct.DCTArguments(**of_both, lora_r=4, lora_dropout=0.0)
+            model = dct.make_trainable(dct.load_model(host, settings), settings)
+        with torch.autocast("cpu", torch.float16, enabled=dtype == "float16"):
+            loss = model(**inputs).loss
+        (1024 * loss).backward()
+        trains = {name: weight.grad / 1024 for name, weight in model.named_parameters() if weight.requires_grad}
+        return loss.item(), trains
+
+    loss, gradients = step("float16")
+    expected, exact = step("float32")
+    assert loss == pytest.approx(expected, rel=0.01)
+    assert gradients.keys() == exact.keys()
+    largest = max(gradient.abs().max() for gradient in exact.values()).item()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, exact[name], rtol=0.05, atol=0.01 * largest)
 
 
 @pytest.mark.parametrize("stage", [ctc, dct])
