@@ -7,6 +7,7 @@
 
 import importlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -18,10 +19,13 @@ initialise = PartialState.__init__
 
 
 def as_gpus(self, *args, **kwargs) -> None:
-    """accelerate shards models on accelerators alone; the processes, gloo and FSDP itself do as well on a CPU."""
+    """accelerate shards models on accelerators alone; gloo, FSDP and DeepSpeed work on a CPU as well."""
     initialise(self, *args, **kwargs)
     if self.distributed_type == DistributedType.MULTI_CPU:
-        self.distributed_type = DistributedType.MULTI_GPU
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            self.distributed_type = DistributedType.DEEPSPEED
+        elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            self.distributed_type = DistributedType.MULTI_GPU
 
 
 PartialState.__init__ = as_gpus
