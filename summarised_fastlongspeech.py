@@ -356,7 +356,8 @@ class SummaryGenerationMixin(GenerationMixin):
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        inputs_embeds: Tensor | None = None,  # named, for transformers looks for the name before it takes any
+        past_key_values: Any = None,  # this and the next are named, for transformers looks for the names
+        inputs_embeds: Tensor | None = None,
         has_begun: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -365,11 +366,10 @@ class SummaryGenerationMixin(GenerationMixin):
         Before the first draft of a prompt lookup, transformers reads the whole prompt once more.
         """
         if has_begun and next_sequence_length is None:
-            next_sequence_length = input_ids.shape[1] - kwargs["past_key_values"].get_seq_length()
+            next_sequence_length = input_ids.shape[1] - past_key_values.get_seq_length()
         parent: Any = super()
-        return parent.prepare_inputs_for_generation(
-            input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
-        )
+        kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
+        return parent.prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
 
     @staticmethod
     def _refuse_other_caches(generation_config: Any, options: dict[str, Any]) -> None:
