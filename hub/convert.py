@@ -27,6 +27,7 @@ from ..ctc_fastlongspeech import FastLongSpeechCTCDecoder
 from .adapters import CONFIG as ADAPTER_CONFIG
 from .adapters import Adapter, is_adapter
 from .hosts import Host, find_host
+from .joined import find_joined
 from .verify import SECONDS, compare, make_inputs, our_logits, stock_logits
 from .weights import StoredWeights, write_shards
 
@@ -129,9 +130,14 @@ def convert(
     shapes = {ours: weight.shape for ours, weight in model.state_dict().items()}
     others = model._keys_to_ignore_on_load_unexpected or ()  # of other parts, such as a full Omni's talker
     names = {ours: name for ours, name in names.items() if not any(re.search(part, ours) for part in others)}
+    joined = find_joined(model, names)
+    in_parts = {part for weight in joined.values() for _, part in weight.parts}
+    names = {ours: name for ours, name in names.items() if name not in in_parts}
     if config.tie_word_embeddings:
         _untie(model, config, shapes, names, stored)
-    check_names(shapes, {ours: stored.shapes[stored_name] for ours, stored_name in names.items()}, has_ctc)
+    found = {ours: stored.shapes[stored_name] for ours, stored_name in names.items()}
+    found |= {ours: weight.shape(stored.shapes) for ours, weight in joined.items()}
+    check_names(shapes, found, has_ctc)
     beside = (source / ADAPTER_CONFIG).exists()
     if beside and adapter is not None:
         raise ValueError(
@@ -148,6 +154,8 @@ def convert(
     decoder = None if has_ctc else _untrained(model, config)
 
     def make(ours: str) -> Tensor:
+        if ours in joined:
+            return joined[ours].make(stored.read)
         if ours not in names:
             assert decoder is not None  # check_names
             return decoder[ours.removeprefix("model.ctc_decoder.")]
@@ -209,9 +217,7 @@ def check_names(shapes: dict[str, Any], found: dict[str, Any], has_ctc: bool) ->
     if missing or unknown:
         raise ValueError(
             f"the source lacks {len(missing)} weights of the model and has {len(unknown)} that it does not know: "
-            f"{', '.join((missing + unknown)[:5])} ...; its config.json is of another model, or "
-            "experts lie apart in it that the model has together: load it with from_pretrained and save it with "
-            "save_pretrained instead."
+            f"{', '.join((missing + unknown)[:5])} ...; its config.json is of another model, or it is not whole."
         )
     for name, shape in found.items():
         if tuple(shape) != tuple(shapes[name]):

@@ -35,7 +35,6 @@ class TinyHost:
         mask: what its own class calls `feature_attention_mask`; None: it takes none.
         joined: whether its own class takes the windows of a recording in one row.
         frames: its frames of 30 s.
-        converts: whether `convert` takes its checkpoints: those of experts hold each expert's weights apart.
         released: sizes of its released model, where the defaults of its configuration are of none.
     """
 
@@ -49,7 +48,6 @@ class TinyHost:
     mask: str | None = "input_features_mask"
     joined: bool = False
     frames: int = 750
-    converts: bool = True
     released: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -156,13 +154,12 @@ TINY_HOSTS = (
             "downsample_hidden_size": 4,
             "initializer_range": 0.3,
         },
-        text={**THINKER, "head_dim": 12, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
+        text={**THINKER, "head_dim": 12, "moe_intermediate_size": 16, "num_experts": 11, "num_experts_per_tok": 2},
         tokens=("<|audio_pad|>", "<|audio_start|>", "<|audio_end|>", *CHATML),
         fields={"vision_config": {**VISION, "deepstack_visual_indexes": [0]}, "vision_start_token_id": 3},
         mask="feature_attention_mask",
         joined=True,
         frames=390,
-        converts=False,
         released={
             "text_config": {"num_hidden_layers": 48, "num_attention_heads": 32, "head_dim": 128, "vocab_size": 152_064}
         },

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from hosts import TINY_HOSTS, TinyHost
+from safetensors.torch import load_file, save_file
 from tiny_omni import AUDIO, OMNIS, Omni, make_audio, make_prompts
+
+from fastlongspeech.hub.convert import convert
 
 VOCODER = {"Qwen2_5Omni": "token2wav", "Qwen3OmniMoe": "code2wav"}
 
@@ -87,3 +90,42 @@ def test_a_configuration_without_the_token_before_images_has_that_of_the_release
     fields = omni.fields()
     del fields["vision_start_token_id"]
     assert omni.our_class("Config")(**fields).vision_start_token_id == 151_652
+
+
+def save_released(tiny: TinyHost, folder: Path, without: str = " ") -> None:
+    """Writes a full Omni as it is released: every expert's weights apart, a talker beside the thinker."""
+    stock = tiny.make_stock()
+    stock.generation_config.eos_token_id = None
+    stock.save_pretrained(folder)  # the thinker, under the released names
+    weights = {f"thinker.{name}": weight for name, weight in load_file(folder / "model.safetensors").items()}
+    weights = {name: weight for name, weight in weights.items() if without not in name}
+    weights["talker.model.layers.0.mlp.experts.0.up_proj.weight"] = torch.zeros(2, 2)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    thinker = json.loads((folder / "config.json").read_text())
+    full = {"model_type": tiny.model_type.removesuffix("_thinker"), "thinker_config": thinker}
+    (folder / "config.json").write_text(json.dumps(full))
+    tiny.tokenizer().save_pretrained(folder)
+    tiny.feature_extractor().save_pretrained(folder)
+
+
+QWEN2_5_OMNI, QWEN3_OMNI = (tiny for tiny in TINY_HOSTS if tiny.model_type.endswith("thinker"))
+
+
+@pytest.mark.parametrize("tiny", [QWEN3_OMNI, pytest.param(QWEN2_5_OMNI, marks=pytest.mark.slow)])
+def test_convert_takes_the_thinker_of_a_full_model(tiny: TinyHost, tmp_path: Path) -> None:
+    """And joins its experts, more than ten of them, in their order: the logits are those of the stock thinker."""
+    save_released(tiny, tmp_path / "released")
+    record = convert(tmp_path / "released", tmp_path / "ours", device="cpu")
+    assert 0 <= record["differences"]["logits"] < 1e-4
+    found, expected = load_file(tmp_path / "ours" / "model.safetensors"), tiny.make_stock().state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_convert_says_which_experts_are_not_whole(tmp_path: Path) -> None:
+    for missing, message in (
+        ("experts.7.up_proj", "21 parts of .*experts.gate_up_proj do not fit each other"),
+        ("experts.7.", "experts.down_proj has the shape .10, 24, 16. in the source, .11, 24, 16. by its config.json"),
+    ):
+        save_released(QWEN3_OMNI, tmp_path / "released", without=missing)
+        with pytest.raises(ValueError, match=message):
+            convert(tmp_path / "released", tmp_path / "ours", device="cpu")
