@@ -10,6 +10,7 @@
 | `librisqa` | LibriSQA's JSON, part I (questions) or part II (choices A to D) |
 | `openasqa` | OpenASQA's JSON (`audio_id`, `instruction`, `output`) |
 | `audio-marathon` | AudioMarathon's JSON of a task: `path` or `audio_path`, `question`, choices, a letter |
+| `longspeech` | LongSpeech's JSON lines of a task: `task`, `language`, `messages` (a user's with `audio`, an answer) |
 
 A row may have a `passage`, what is said in its recording.
 
@@ -43,12 +44,17 @@ MARATHON_RACE = (
     "information from the audio.\n\nQuestion: {question}\n\nOptions:\n{choices}\n\nRespond with only the letter of "
     "the correct option ({letters})."
 )
+LONGSPEECH = (
+    *("ASR", "translation", "summary", "speaker_count", "content_separation", "language_detection", "emotionQA"),
+    "Temporal_Relative_QA",
+)
 NOTES = (
     "id",
     "uniq_id",
     "kind",
     "time",
     "task",
+    "language",
     "dataset",
     "task_name",
     "dataset_name",
@@ -85,7 +91,7 @@ class QuestionSet:
     """The checked examples of a task.
 
     Attributes:
-        metric: what the answers are scored by: `"answer"`, `"choice"` or `"transcript"`.
+        metric: what the answers are scored by: `"answer"`, `"choice"`, `"transcript"` or a name of `LONGSPEECH`.
         examples: in the order of the source.
         rows: the rows they come from.
         left_out: rows whose recordings are shorter or longer than was asked for.
@@ -164,6 +170,8 @@ def load_questions(
         for number, (row, said, duration) in enumerate(zip(formed, notes, checked.durations, strict=True))
     ]
     metric = "transcript" if task == "asr" else "choice" if examples[0].choices else "answer"
+    if task == "longspeech":
+        metric = _longspeech_task(source, examples)
     longest = math.inf if max_seconds is None else max_seconds
     fitting = [example for example in examples if min_seconds <= example.duration <= longest]
     if not fitting:
@@ -178,8 +186,8 @@ def _raw_rows(path: str, split: str, subset: str | None, root: Path) -> Any:
     if Path(path).is_file():
         if path.endswith(".json"):
             rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-            if isinstance(rows, dict) and isinstance(rows.get("tasks"), list):  # AudioMarathon's DESED
-                rows = rows["tasks"]
+            if isinstance(rows, dict):  # AudioMarathon's DESED, HAD and VESUS
+                rows = next((rows[name] for name in ("tasks", "samples", "data") if name in rows), rows)
             if not isinstance(rows, list):
                 raise ValueError(f"{path} holds no list of objects; write one, or JSON lines into a .jsonl file.")
             return rows
@@ -323,8 +331,9 @@ def _audio_marathon(row: dict[str, Any], root: Path) -> dict[str, Any]:
     letters = list("ABCDEFGH"[: len(options)])
     choices = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
     answer = row.get("answer_gt", row.get("answer"))
-    if answer in options:
-        answer = letters[options.index(answer)]
+    if isinstance(answer, str) and answer not in letters:
+        named = [letter for letter, option in zip(letters, options, strict=True) if _same(option, answer)]
+        answer = named[0] if named else answer.upper() if answer.upper() in letters else answer
     listed = f"{', '.join(letters[:-1])}{',' * (len(letters) > 2)} or {letters[-1]}" if letters else ""
     form = MARATHON_RACE if "options" in row else MARATHON_QUESTION
     question = row.get("question")
@@ -334,6 +343,34 @@ def _audio_marathon(row: dict[str, Any], root: Path) -> dict[str, Any]:
         "answers": answer,
         "choices": letters,
     }
+
+
+def _same(option: Any, answer: str) -> bool:
+    return str(option).strip().lower() == answer.strip().lower()
+
+
+def _longspeech(row: dict[str, Any], root: Path) -> dict[str, Any]:
+    """The user's message holds the recording and the prompt, as it is asked; the assistant's the reference."""
+    messages = row.get("messages")
+    messages = json.loads(messages) if isinstance(messages, str) else messages
+    asked, *_, said = messages if isinstance(messages, list) and len(messages) > 1 else ({}, {})
+    return {
+        "audio": find_recording(root, asked.get("audio")),
+        "question": asked.get("content"),
+        "answers": said.get("content"),
+        "choices": [],
+    }
+
+
+def _longspeech_task(source: str | Path, examples: list[Example]) -> str:
+    """Returns the task that all rows are of."""
+    names = sorted({str(example.notes.get("task")) for example in examples})
+    if len(names) > 1 or names[0] not in LONGSPEECH:
+        raise ValueError(
+            f"{source} has rows of the task {', '.join(names)}; give a file of one of LongSpeech's: "
+            f"{', '.join(LONGSPEECH)}."
+        )
+    return names[0]
 
 
 TASKS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
@@ -346,4 +383,5 @@ TASKS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
     "librisqa": _librisqa,
     "openasqa": _openasqa,
     "audio-marathon": _audio_marathon,
+    "longspeech": _longspeech,
 }

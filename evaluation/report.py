@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.tasks import QuestionSet
+from ..data.tasks import LONGSPEECH, QuestionSet
+from . import longspeech
 from .journal import read_journal
 from .scoring import (
     exact_match,
@@ -52,12 +53,15 @@ def score_predictions(rows: Sequence[dict[str, Any]], metric: str, spellings: st
     """Adds its scores to every prediction.
 
     An answer gets `exact_match` and `token_f1`; a choice gets `chosen` (None: no choice, or several) and `accuracy`; a
-    transcript gets `word_errors` and `words`. A reference without words (noise) counts nowhere.
+    transcript gets `word_errors` and `words`. A reference without words (noise) counts nowhere. A task of LongSpeech
+    has scores of its own.
     """
     normalize = whisper_normalizer(spellings)
     for row in rows:
         prediction, answers = row["prediction"], row["answers"]
-        if metric == "answer":
+        if metric in LONGSPEECH:
+            row |= longspeech.score_prediction(metric, row, normalize)
+        elif metric == "answer":
             row["exact_match"] = float(exact_match(prediction, answers))
             row["token_f1"] = token_f1(prediction, answers)
         elif metric == "choice":
@@ -91,6 +95,8 @@ def summarize(rows: Sequence[dict[str, Any]], benchmark: QuestionSet) -> dict[st
         summary["without_a_choice"] = sum(row["chosen"] is None for row in rows)
     if metric == "transcript":
         summary["references_without_words"] = sum(row["words"] == 0 for row in rows)
+    if any("known" in row for row in rows):
+        summary["references_not_understood"] = sum(not row["known"] for row in rows)
     if any("judge" in row for row in rows):
         summary["unparsable_verdicts"] = sum(row["judge"] is None for row in rows)
     return summary
@@ -104,6 +110,8 @@ def _scores(rows: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
         groups = [row["recording"] for row in spoken]
         return {"word_error_rate": mean_with_interval(errors, groups, words)} if spoken else {}
     names = ["accuracy"] if metric == "choice" else ["exact_match", "token_f1"]
+    if metric in LONGSPEECH:
+        return longspeech.figures(metric, rows)
     scores = {name: mean_with_interval([row[name] for row in rows], groups) for name in names}
     if metric == "choice":
         scores["macro_f1"] = {"value": macro_f1([row["chosen"] for row in rows], [row["answers"][0] for row in rows])}

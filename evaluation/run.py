@@ -31,6 +31,8 @@ from .answering import BY_TRANSCRIPT, METHODS, Answerer
 from .chat import Chat
 from .journal import Journal
 from .judge import judge, read_template
+from .longspeech import RUBRIC as TEMPORAL_RUBRIC
+from .longspeech import TEMPORAL
 from .report import read_predictions, save_predictions, score_predictions, summarize
 
 PACKAGES = ("fastlongspeech", "torch", "transformers", "accelerate", "datasets", "jiwer", "openai", "numpy")
@@ -123,9 +125,11 @@ def find_judge(arguments: argparse.Namespace, benchmark: QuestionSet) -> tuple[C
     """
     if not arguments.judge:
         return None, ""
-    if benchmark.metric != "answer":
+    if benchmark.metric not in ("answer", TEMPORAL):
         raise ValueError(f"--judge is for free answers; the rows of {arguments.data} have others; leave it out.")
     chat = Chat(arguments.judge_model, arguments.judge_url)
+    if benchmark.metric == TEMPORAL and arguments.judge_template is None:
+        return chat, TEMPORAL_RUBRIC
     return chat, read_template(arguments.judge_template)
 
 

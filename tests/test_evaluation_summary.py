@@ -141,6 +141,18 @@ def test_audio_marathons_race_and_desed_have_forms_of_their_own(tmp_path):
         load_questions("audio-marathon", marathon(tmp_path, [{"path": "a.wav", "answer_gt": "A"}]))
 
 
+def test_audio_marathons_had_names_the_right_choice(tmp_path):
+    question = "Is this audio authentic or does it contain artificially synthesized (fake) segments?"
+    row = {"path": "a.wav", "question": question, "choice_a": "Real", "choice_b": "Fake", "category": "fake"}
+    row |= {"task_name": "Audio_Authenticity_Classification", "dataset_name": "HAD", "duration_seconds": 1.0}
+    rows = [row | {"answer_gt": answer, "uniq_id": number} for number, answer in enumerate(("Fake", "real", "b"))]
+    path = marathon(tmp_path, {"metadata": {"total_samples": 3}, "samples": rows})
+    examples = load_questions("audio-marathon", path).examples
+    assert [example.answers for example in examples] == [["B"], ["A"], ["B"]]
+    assert examples[0].question.startswith(f"{question}\n\nA. Real\nB. Fake\n\nPlease listen")
+    assert examples[0].question.endswith("only the letter (A or B).") and examples[0].choices == ["A", "B"]
+
+
 def test_macro_f1_is_that_of_scikit_learn():
     answers = ["A", "B", "B", "C", "A", "D"]
     chosen = ["A", "B", "C", "C", "D", "D"]
