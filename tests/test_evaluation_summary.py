@@ -86,27 +86,56 @@ def test_a_ratio_is_for_summaries(capsys):
     assert "--compression-ratio must be 1 or more, got 0" in said
 
 
-def test_methods_are_compared_at_equal_tokens(folder, checkpoint, questions, tmp_path, capsys):
+def test_methods_are_compared_at_equal_tokens_and_at_equal_operations(folder, checkpoint, questions, tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("# Page\n")
-    command = [folder, questions, "--rivals", checkpoint, "--ratios", 2, 4, "--output", tmp_path / "out"]
-    words = [str(word) for word in (*command, "--docs", page)]
+    (tmp_path / "later").symlink_to(folder)  # a model that has learnt longer, say
+    command = [folder, tmp_path / "later", "--data", questions, "--rivals", checkpoint, "--ratios", 2, "--limit", 1]
+    words = [str(word) for word in (*command, "--output", tmp_path / "out", "--docs", page)]
     speech_xl.main(words)
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
-    assert {row["method"] for row in results} == {*speech_xl.METHODS, "every frame", "every frame, Speech-XL"}
+    models = {folder.name, "later"}
+    assert {row["method"] for row in results if row["model"]} == {"Speech-XL", "both", "every frame"}
+    assert {row["model"] for row in results} == {"", *models}
     frames = results[0]["frames"]
-    assert frames == round((100 + 62) / 2) and all(row["questions"] == 4 for row in results)
-    for row in results:
-        assert abs(row["tokens"] - frames / row["ratio"]) <= 2
-    taken = {(row["method"], row["ratio"]): row["operations"] for row in results}
-    for ratio in (2, 4):  # fusion before summaries leaves less to read
-        assert taken["iterative fusion", ratio] < taken["both", ratio] < taken["Speech-XL", ratio]
-    assert "| 4 | 0% (0% to 0%)" in page.read_text() and (tmp_path / "page.svg").exists()
+    assert frames == 100 and all((row["recordings"], row["questions"]) == (1, 2) for row in results)
+    taken = {(row["method"], row["ratio"], row["model"], row["like"]): row for row in results}
+    every = taken["every frame", 1, "", ""]
+    for (method, ratio, model, like), row in taken.items():
+        if not like:
+            assert abs(row["tokens"] - frames / ratio) <= 2
+            continue
+        as_much = taken[like, ratio, folder.name, ""]["operations"]
+        assert method in speech_xl.RIVALS and not model
+        # as many frames as it can pay for
+        assert row["operations"] <= as_much and (row["tokens"] == frames or row["operations"] > 0.97 * as_much)
+        assert row["operations"] <= every["operations"]
+    assert sum(row["tokens"] == frames for row in results if row["like"]) >= 3
+    costs = [taken[name, 2, folder.name, ""]["operations"] for name in ("both", "Speech-XL")]
+    assert (
+        taken["iterative fusion", 2, "", ""]["operations"] < costs[0] < costs[1]
+    )  # fused first, there is less to read
+    text = page.read_text()
+    assert f"| ratio | Speech-XL ({folder.name}) | Speech-XL (later) | both ({folder.name}) | both (later) |" in text
+    assert f"| method and ratio | operations | frames | {folder.name} | later | iterative fusion |" in text
+    assert "| 2 | 0% (0% to 0%)" in text and (tmp_path / "page.svg").exists()
 
     answers = (tmp_path / "out" / "answers.jsonl").read_bytes()
     capsys.readouterr()
     speech_xl.main(words)  # asks nothing again
     assert (tmp_path / "out" / "answers.jsonl").read_bytes() == answers
+
+
+def test_a_comparison_is_refused_where_its_columns_would_not_differ(folder, questions, tmp_path, capsys):
+    command = ["--data", str(questions), "--output", str(tmp_path / "out")]
+    for more, said in (
+        ([folder, folder], "models must have folders of different names"),
+        ([folder, "--ratios", "1"], "--ratios must be 2 or more, got 1"),
+    ):
+        with pytest.raises(SystemExit):
+            speech_xl.main([*map(str, more), *command])
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # AudioMarathon
