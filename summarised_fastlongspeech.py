@@ -286,7 +286,10 @@ class SummaryGenerationMixin(GenerationMixin):
 
     def _received_summaries(self, summaries: SummarisedRecordings) -> SummarisedRecordings:
         """Returns summaries that a user hands in where this model can go on from them; another model's are refused."""
-        if summaries.model is not None and summaries.model != fingerprint_weights(self.model.language_model):
+        text, empty = self.config.get_text_config(), self._empty_layer()
+        fits = [(layer.shape[0], *layer.shape[2:]) == (empty.shape[0], *empty.shape[2:]) for layer in summaries.keys]
+        known = summaries.model in (None, fingerprint_weights(self.model.language_model))
+        if not known or fits != [True] * text.num_hidden_layers:
             raise ValueError(
                 "recordings were summed up by another model, whose keys and values mean nothing to this one; sum them "
                 "up again."

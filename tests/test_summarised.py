@@ -1,6 +1,7 @@
 """Answers from recordings that the language model has summed up: generated, kept, saved, asked again."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +323,10 @@ def test_summaries_that_do_not_fit_are_refused(model: Model, batch: Inputs, tmp_
     inputs = prompts | {"recordings": kept}
     refuse(model, inputs, "summed up already leave no choice of compression_ratio; leave it out", compression_ratio=2)
     refuse(with_summaries(48, seed=3), inputs, "recordings were summed up by another model, whose keys and values")
+    unnamed = replace(kept, model=None)
+    assert answer(model, prompts | {"recordings": unnamed}) == answer(model, inputs)
+    for shape in (replace(unnamed, keys=kept.keys[:1]), replace(unnamed, keys=tuple(k[:1] for k in kept.keys))):
+        refuse(model, prompts | {"recordings": shape}, "recordings were summed up by another model, whose keys")
 
     changed = prompts | {"input_ids": prompts["input_ids"].clone(), "recordings": kept}
     changed["input_ids"][1, -1 - 1 - 1 - 875 - 2] += 1
