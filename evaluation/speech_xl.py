@@ -246,6 +246,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     names = list(dict.fromkeys(row["data"] for row in results))
     figure, axes = pyplot.subplots(len(names), 2, figsize=(10, 3.6 * len(names)), squeeze=False, sharey="row")
@@ -270,8 +271,12 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
         left.set(xscale="log", xlabel="frames for each token kept", ylabel=f"{name}: right answers, %")
         left.set_xticks([row["ratio"] for row in of_data], [str(row["ratio"]) for row in of_data])
         right.set(xscale="log", xlabel="operations of the language model, 10^9")
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
+        right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.xaxis.set_major_formatter(ScalarFormatter())
+        right.xaxis.set_minor_formatter(NullFormatter())  # labels between these would overlap
+    lines, labels = axes[0][0].get_legend_handles_labels()
+    figure.tight_layout(rect=(0, 0.26 / len(names), 1, 1))
+    figure.legend(lines, labels, loc="lower center", ncols=4, fontsize=8)
     pyplot.rcParams["svg.hashsalt"] = "fastlongspeech"  # the same file for the same results
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
