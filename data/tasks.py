@@ -351,9 +351,9 @@ def _same(option: Any, answer: str) -> bool:
 
 def _longspeech(row: dict[str, Any], root: Path) -> dict[str, Any]:
     """The user's message holds the recording and the prompt, as it is asked; the assistant's the reference."""
-    messages = row.get("messages")
-    messages = json.loads(messages) if isinstance(messages, str) else messages
-    asked, *_, said = messages if isinstance(messages, list) and len(messages) > 1 else ({}, {})
+    messages: Any = row.get("messages")
+    told = isinstance(messages, list) and len(messages) > 1 and all(isinstance(each, dict) for each in messages)
+    asked, *_, said = messages if told else ({}, {})
     return {
         "audio": find_recording(root, asked.get("audio")),
         "question": asked.get("content"),

@@ -68,9 +68,10 @@ def test_rows_of_other_forms_and_tasks_are_refused(root):
         load_questions("longspeech", write(root, "ASR", *rows), audio_root=root)
     with pytest.raises(ValueError, match="has rows of the task music; give a file of one of LongSpeech's: ASR, "):
         load_questions("longspeech", write(root, "music", row("music", "x")), audio_root=root)
-    broken = row("summary", "x") | {"messages": [{"role": "user", "audio": AUDIO, "content": "?"}]}
-    with pytest.raises(ValueError, match="line 1 .*no 'audio'|line 1 has"):
-        load_questions("longspeech", write(root, "summary", broken), audio_root=root)
+    for number, messages in enumerate(([row("summary", "x")["messages"][0]], "talk", ["a", "b"], None)):
+        broken = write(root / str(number), "summary", row("summary", "x") | {"messages": messages})
+        with pytest.raises(ValueError, match="line 1 has 'audio' = None; it must be the path of one recording"):
+            load_questions("longspeech", broken, audio_root=root)
 
 
 @pytest.mark.parametrize("task", ["ASR", pytest.param("emotionQA", marks=pytest.mark.slow)])
