@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
 from .host_fastlongspeech import HostForConditionalGeneration, HostModel
 from .mel_fastlongspeech import log_mel
@@ -150,7 +152,7 @@ class OmniForConditionalGeneration(PositionsByPlaceholders, HostForConditionalGe
             named[name] = torch.cat(list(named[name]), dim=-1)[None]
         return named
 
-    def forward(  # type: ignore[override]  # what generate may be given stands by name
+    def forward(  # type: ignore[override, misc]  # what generate may be given stands by name
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -167,7 +169,7 @@ class OmniForConditionalGeneration(PositionsByPlaceholders, HostForConditionalGe
         use_audio_in_video: bool | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """See `HostForConditionalGeneration.forward`; images and videos are those of transformers' own thinker.
 

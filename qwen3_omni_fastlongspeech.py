@@ -90,6 +90,11 @@ class FastLongSpeechQwen3OmniForConditionalGeneration(
         self.spatial_merge_size = config.vision_config.spatial_merge_size  # type: ignore[union-attr]
         self.add_head()
 
+    def initialize_weights(self) -> None:
+        """Makes the weights that a checkpoint lacks; of remote code alone, transformers would forget the experts."""
+        self.model.language_model.initialize_weights()
+        super().initialize_weights()
+
 
 class FastLongSpeechQwen3OmniProcessor(OmniProcessor):
     """Turns prompts and recordings of any duration into the model's inputs; see `SpeechProcessor`."""

@@ -191,6 +191,7 @@ class HostForConditionalGeneration(SummaryGenerationMixin, FastLongSpeechGenerat
         embeddings = self.model.get_input_embeddings().weight
         name = next(name for name, weight in self.model.named_parameters() if weight is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}"}
+        self._weight_conversions: list[Any] = []  # it is saved under the names it has
         self.post_init()
 
     @classmethod
@@ -213,7 +214,7 @@ class HostForConditionalGeneration(SummaryGenerationMixin, FastLongSpeechGenerat
         wants_info = kwargs.pop("output_loading_info", False)
         parent: Any = super()
         model, info = parent.from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        model._weight_conversions = []  # it is saved under the names it has, not under those it came with
+        model._weight_conversions = []  # not under the names that it came with, see `add_head`
         if any("summary_" in name for name in info["missing_keys"]):  # a model that was never trained to sum up
             model.model.add_summary(model.config.summary_interval)
         if any("ctc_decoder." in name for name in info["missing_keys"]):
