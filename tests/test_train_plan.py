@@ -26,7 +26,7 @@ def parsed(stage: Any, model: Path, *more: object) -> tuple[Any, Any]:
 
 
 def test_live_memory_is_what_tensors_hold_at_once():
-    with LiveMemory() as memory:
+    with LiveMemory(torch.nn.Linear(1, 1)) as memory:
         first = torch.zeros(1000)
         second = first + 1
         view = second[:10]
@@ -39,13 +39,20 @@ def test_live_memory_is_what_tensors_hold_at_once():
     assert memory.peak == 8000
 
 
+def test_views_of_weights_hold_nothing():
+    linear = torch.nn.Linear(1000, 1000)
+    with LiveMemory(linear) as memory:
+        view = linear.weight.t()
+    assert view.shape == (1000, 1000) and memory.peak == 0
+
+
 def count_step(model: Any, **inputs: Any) -> tuple[int, int]:
     """Returns the most bytes that a step on real tensors holds at once, and its operations as torch counts them."""
     for weight in model.parameters():
         if weight.requires_grad:
             weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
     model.train()
-    with LiveMemory() as memory, FlopCounterMode(display=False) as flops:
+    with LiveMemory(model) as memory, FlopCounterMode(display=False) as flops:
         features, mask = torch.randn(ROWS, 80, 3000), torch.ones(ROWS, 3000, dtype=torch.int64)
         model(input_features=features, feature_attention_mask=mask, **inputs).loss.backward()
     return memory.peak, flops.get_total_flops()

@@ -53,12 +53,19 @@ SDPA: dict[Any, Any] = {  # torch itself counts the attention of other devices a
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within it; `peak` is the most that are alive at once."""
+    """Counts the bytes of the tensors that are made within it; `peak` is the most that are alive at once.
 
-    def __init__(self) -> None:
+    Args:
+        model: its weights and buffers are there before, so that views of them are not counted.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self.alive = self.peak = 0
         self._known: dict[int, weakref.ref] = {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            storage = tensor.untyped_storage()
+            self._known[id(storage)] = weakref.ref(storage)
+        self.alive = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -281,7 +288,7 @@ def _count_step(
     mixed = training.bf16 or training.fp16
     model.train()
     with (
-        LiveMemory() as memory,
+        LiveMemory(model) as memory,
         FlopCounterMode(display=False, custom_mapping=SDPA) as flops,
         torch.autocast("cpu", half, enabled=mixed),
     ):
