@@ -155,6 +155,28 @@ def test_a_batch_answers_as_its_rows_alone(loaded):
 
 
 @torch.no_grad()
+def test_a_batch_may_hold_a_row_of_text_alone(loaded):
+    text = [{"role": "user", "content": [{"type": "text", "text": "Who wrote a letter to whom?"}]}]
+    heard = [{"role": "user", "content": [{"type": "audio", "audio": noise(2.9)}, {"type": "text", "text": "Who?"}]}]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "target_length": 1}
+    answers = []
+    for chats in ([heard, text], [heard], [text]):
+        inputs = loaded.processor.apply_chat_template(chats, **options)
+        found = loaded.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        answers += found[:, inputs["input_ids"].shape[1] :].tolist()
+    assert answers[:2] == answers[2:]
+
+
+def test_recordings_too_short_for_a_frame_are_refused(tiny, loaded):
+    for samples, message in ((0, "holds no samples"), (1, "must last at least one 40 ms frame")):
+        with pytest.raises(ValueError, match=message):
+            ask(loaded, [(np.zeros(samples, np.float32), RATE)])
+    shortest = loaded.model.encode(**loaded.processor(audio=(0.1 * np.ones(640, np.float32), RATE)))
+    # The feature extractor of Qwen3-ASR fills up to half a second.
+    assert shortest.lengths.tolist() == [7 if tiny.model_type == "qwen3_asr" else 1]
+
+
+@torch.no_grad()
 def test_several_recordings_in_turns_are_heard_in_order(loaded):
     first, second = noise(3.1, 4), noise(5.7, 5)
     chat = [

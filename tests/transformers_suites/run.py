@@ -1,7 +1,7 @@
 """Runs transformers' own `ModelTesterMixin` and `ProcessorTesterMixin` on the classes of this package.
 
     python tests/transformers_suites/run.py [arguments for pytest]          # Qwen2-Audio and ours on it
-    python tests/transformers_suites/run.py hosts [arguments for pytest]    # the other hosts; takes minutes
+    python tests/transformers_suites/run.py hosts [arguments for pytest]    # the other hosts; takes ten minutes
 
 The mixins come from the source distribution of the *installed* transformers, downloaded by pip once and kept in
 `.cache/` of the repository. It holds the test files of the top level only; `STAND_INS` replaces the helper modules
