@@ -120,15 +120,16 @@ def read_language_model(source: str, dtype: str) -> tuple[Any, PreTrainedTokeniz
 
     Raises:
         OSError: there is no model.
-        ValueError: its head has a bias, which ours has no place for, it is quantised in another form, or the package
-            `gguf` is missing.
+        ValueError: its head has a bias, which ours has no place for, it is quantised in another form, or a package
+            that reads GGUF files is missing.
     """
     options: dict[str, Any] = {}
     if source.endswith(".gguf"):
-        if importlib.util.find_spec("gguf") is None:
-            raise ValueError(
-                f"{source} needs gguf, which is missing; install it with: pip install 'fastlongspeech[gguf]'."
-            )
+        for package in ("gguf", "accelerate"):
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(
+                    f"{source} needs {package}, which is missing; install it with: pip install 'fastlongspeech[gguf]'."
+                )
         if not Path(source).is_file():
             raise FileNotFoundError(f"language-model {source} does not exist; check the path.")
         options["gguf_file"] = Path(source).name

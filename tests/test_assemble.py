@@ -1,5 +1,6 @@
 """`fastlongspeech assemble`: a model of any Whisper and any language model hears and answers as its parts do."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,14 @@ def test_a_gguf_file_is_read(whisper: Path, tmp_path: Path) -> None:
     assert "quantization_config" not in (tmp_path / "model" / "config.json").read_text()  # a Trainer would refuse it
     name = "layers.0.mlp.up_proj.weight"
     assert torch.equal(weights[f"model.language_model.{name}"], own.state_dict()[f"model.{name}"])
+
+
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_a_gguf_file_without_what_reads_it(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(ValueError, match=f"needs {package}, which is missing; install it with: pip install"):
+        command.read_language_model(str(tmp_path / "tiny.gguf"), "auto")
 
 
 def write_gguf(path: Path) -> Path:
