@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
 from .prompts_fastlongspeech import AUDIO_INPUTS, hear, resize_placeholders
-from .recordings_fastlongspeech import fingerprint_weights
+from .recordings_fastlongspeech import fingerprint_weights, save_whole
 from .windows_fastlongspeech import count_summaries
 
 FORMAT = "fastlongspeech summaries 1"
@@ -85,13 +84,11 @@ class SummarisedRecordings:
         return caches
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the summaries into a safetensors file; what is there already is replaced when all is written."""
+        """Writes the summaries into a safetensors file; see `save_whole`."""
         tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
         for name in ("keys", "values"):
             tensors |= {f"{name}.{n}": part.cpu().contiguous() for n, part in enumerate(getattr(self, name))}
-        unfinished = f"{os.fspath(path)}.unfinished"
-        save_file(tensors, unfinished, metadata={"format": FORMAT, "model": json.dumps(self.model)})
-        os.replace(unfinished, path)
+        save_whole(tensors, path, {"format": FORMAT, "model": json.dumps(self.model)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "SummarisedRecordings":

@@ -126,6 +126,8 @@ def test_saved_recordings_answer_alike(
 ) -> None:
     recordings = model.encode(**audio)
     recordings.save(tmp_path / "interview.safetensors")
+    with pytest.raises(FileNotFoundError, match="is in a folder that does not exist; make .*absent first"):
+        recordings.save(tmp_path / "absent" / "interview.safetensors")
     silent_encoder()
     loaded = EncodedRecordings.load(tmp_path / "interview.safetensors")
     for name in ("frames", "starts", "ends", "lengths"):

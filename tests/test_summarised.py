@@ -213,6 +213,8 @@ def test_one_encoded_recording_for_several_questions_is_read_once(
 def test_summaries_are_saved_and_loaded(model: Model, batch: Inputs, tmp_path: Path) -> None:
     kept = model.summarise(**batch, compression_ratio=RATIO)
     kept.save(tmp_path / "kept.safetensors")
+    with pytest.raises(FileNotFoundError, match="is in a folder that does not exist; make .*absent first"):
+        kept.save(tmp_path / "absent" / "kept.safetensors")
     again = SummarisedRecordings.load(tmp_path / "kept.safetensors")
     prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
     assert answer(model, prompts | {"recordings": again}) == answer(model, prompts | {"recordings": kept})

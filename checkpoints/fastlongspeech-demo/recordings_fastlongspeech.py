@@ -18,6 +18,20 @@ TENSORS = ("frames", "starts", "ends", "lengths")
 SAMPLED = 64  # values of each weight that a fingerprint reads
 
 
+def save_whole(tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file; what is there already is replaced when all is written.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"path {os.fspath(path)} is in a folder that does not exist; make {folder} first.")
+    unfinished = f"{os.fspath(path)}.unfinished"
+    save_file(tensors, unfinished, metadata=metadata)
+    os.replace(unfinished, path)
+
+
 @dataclass(frozen=True)
 class EncodedRecordings:
     """Every frame of A recordings, one recording after the other, as `encode` returns them.
@@ -80,12 +94,10 @@ class EncodedRecordings:
         return replace(self, frames=self.frames.to(*args, **kwargs))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the recordings into a safetensors file; what is there already is replaced when all is written."""
+        """Writes the recordings into a safetensors file; see `save_whole`."""
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in TENSORS}
         made_by = {"format": FORMAT, "encoder": json.dumps(self.encoder), "audio": json.dumps(self.audio)}
-        unfinished = f"{os.fspath(path)}.unfinished"
-        save_file(tensors, unfinished, metadata=made_by)
-        os.replace(unfinished, path)
+        save_whole(tensors, path, made_by)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "EncodedRecordings":
