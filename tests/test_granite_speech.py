@@ -150,6 +150,43 @@ def test_a_batch_answers_as_its_rows_alone(model):
         assert torch.equal(model.generate(ids[:1], **alone, **options)[0], answers[number])
 
 
+@torch.no_grad()
+def test_several_recordings_are_heard_in_order(model):
+    inputs = audio([437], [3000, 200])
+    ids = torch.tensor([[5, AUDIO_TOKEN, 6, AUDIO_TOKEN, 7]])
+    options = {"max_new_tokens": 4, "do_sample": False}
+    answer = model.generate(ids, **inputs, target_length=9, **options)[0, ids.shape[1] :]
+    heard = [
+        model.get_audio_features(**audio_of, target_length=9).pooler_output
+        for audio_of in (
+            {name: inputs[name][:1] for name in inputs},
+            {name: inputs[name][1:] for name in inputs},
+        )
+    ]
+    first, between, last = model.get_input_embeddings()(torch.tensor([[5], [6], [7]]))
+    by_hand = torch.cat([first, heard[0], between, heard[1], last])[None]
+    torch.testing.assert_close(model.generate(inputs_embeds=by_hand, **options)[0], answer)
+
+
+def test_hours_take_linear_time_and_bounded_memory(model, monkeypatch):
+    extractor, read = model.model, []
+
+    def count(input_features: torch.Tensor, mel_frames: torch.Tensor) -> torch.Tensor:
+        read.append(len(input_features))
+        frames = int(extractor.windows.count_frames(mel_frames).max())
+        return torch.zeros(len(mel_frames), frames, extractor.config.frame_width)
+
+    monkeypatch.setattr(extractor, "encode_windows", count)
+    for hours in (1, 2):
+        windows = hours * 60  # of 3,000 encoder frames of 20 ms
+        features = torch.zeros(1, 1, 3000).expand(windows, 2 * MEL_BINS, -1)
+        mask = torch.ones(1, 3000, dtype=torch.long).expand(windows, -1)
+        recordings = extractor.encode(features, mask, torch.tensor([windows]))
+        assert len(recordings.frames) == hours * 36_000  # 10 in a second
+        assert sum(read) == windows and max(read) * 3000 <= 6000  # encoder frames that a CPU reads at a time
+        read.clear()
+
+
 def test_saved_and_loaded_again(model, tmp_path):
     model.save_pretrained(tmp_path)
     again = FastLongSpeechGraniteSpeechForConditionalGeneration.from_pretrained(tmp_path)
