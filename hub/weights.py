@@ -2,16 +2,16 @@
 
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
+
+from ..recordings_fastlongspeech import save_whole
 
 
 class StoredWeights:
@@ -87,9 +87,7 @@ def write_shards(
                 for name in names:
                     weights[name] = make(name).to(dtype).contiguous()
                     bar.update()
-                unfinished = path.with_name(f"{file_name}.unfinished")
-                save_file(weights, unfinished, metadata={"format": "pt"})
-                os.replace(unfinished, path)
+                save_whole(weights, path, {"format": "pt"})
             else:
                 bar.update(len(names))
     if split.is_sharded:

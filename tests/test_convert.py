@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
+from fastlongspeech import recordings_fastlongspeech as saving
 from fastlongspeech.app import cli
 from fastlongspeech.hub import convert as converting
 from fastlongspeech.hub import weights as storing
@@ -302,7 +303,7 @@ def test_the_command_converts(vanilla: Path, tmp_path: Path, capsys: pytest.Capt
 def test_a_stopped_run_goes_on_where_it_was(
     released: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = storing.save_file
+    save = saving.save_file
     written: list[Path] = []
 
     def stop(weights: Any, path: Path, **options: Any) -> None:
@@ -312,10 +313,10 @@ def test_a_stopped_run_goes_on_where_it_was(
         written.append(path)
         save(weights, path, **options)
 
-    monkeypatch.setattr(storing, "save_file", stop)
+    monkeypatch.setattr(saving, "save_file", stop)
     with pytest.raises(KeyboardInterrupt):
         convert(released, tmp_path / "output", shard_size="200KB")
-    monkeypatch.setattr(storing, "save_file", save)
+    monkeypatch.setattr(saving, "save_file", save)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "output").glob("*.safetensors")}
     assert len(before) == 2
     assert not (tmp_path / "output" / "config.json").exists()  # nothing takes it for a model
@@ -332,7 +333,7 @@ def test_weights_of_one_shard_are_in_memory_at_a_time(
 ) -> None:
     """Counts the bytes of all tensors that were made and not yet let go, whenever a shard is written."""
     alive: dict[int, int] = {}
-    most, save = [0], storing.save_file
+    most, save = [0], saving.save_file
     read = storing.StoredWeights.read
 
     def counted(self: Any, name: str) -> torch.Tensor:
@@ -346,7 +347,7 @@ def test_weights_of_one_shard_are_in_memory_at_a_time(
         save(weights, path, **options)
 
     monkeypatch.setattr(storing.StoredWeights, "read", counted)
-    monkeypatch.setattr(storing, "save_file", look)
+    monkeypatch.setattr(saving, "save_file", look)
     convert(released, tmp_path / "output", shard_size="200KB")
     assert 0 < most[0] < 500_000 < sum(path.stat().st_size for path in (tmp_path / "output").glob("*.safetensors"))
 

@@ -25,13 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
 from ..audio_fastlongspeech import load_recording
-from ..recordings_fastlongspeech import EncodedRecordings
+from ..recordings_fastlongspeech import EncodedRecordings, save_whole
 from ..windows_fastlongspeech import Windows
 
 logger = logging.get_logger(__name__)
@@ -166,11 +165,9 @@ class FeatureCache:
                 "encoders that you no longer use, or raise feature_cache_gb."
             )
         elif size:
-            name = uuid.uuid4().hex
-            unfinished = self.folder / f"{name}.unfinished"
             sums = json.dumps({key: checksum(frames) for key, frames in self._pending.items()})
-            save_file(self._pending, unfinished, metadata={"format": "pt", "checksums": sums})
-            os.replace(unfinished, self.folder / f"{name}.safetensors")
+            path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+            save_whole(self._pending, path, {"format": "pt", "checksums": sums})
         self._pending = {}
         self._scan()
 
