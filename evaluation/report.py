@@ -109,9 +109,9 @@ def _scores(rows: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
         errors, words = [row["word_errors"] for row in spoken], [row["words"] for row in spoken]
         groups = [row["recording"] for row in spoken]
         return {"word_error_rate": mean_with_interval(errors, groups, words)} if spoken else {}
-    names = ["accuracy"] if metric == "choice" else ["exact_match", "token_f1"]
     if metric in LONGSPEECH:
         return longspeech.figures(metric, rows)
+    names = ["accuracy"] if metric == "choice" else ["exact_match", "token_f1"]
     scores = {name: mean_with_interval([row[name] for row in rows], groups) for name in names}
     if metric == "choice":
         scores["macro_f1"] = {"value": macro_f1([row["chosen"] for row in rows], [row["answers"][0] for row in rows])}
