@@ -1,13 +1,11 @@
-"""Compares ways to draw the length L in stage 2, each trained for the same steps on the same clips of the demo model.
+"""Compares ways to draw the length L in stage 2, each trained for the same steps on the same questions.
 
-    python -m fastlongspeech.demo.corpus work/corpus --splits train dev --recordings 400
-    python -m fastlongspeech.demo.corpus work/corpus --splits dev-long --recordings 20
-    python -m fastlongspeech.train.compare_lengths work/corpus work/lengths
+    python -m fastlongspeech.train.compare_lengths MODEL OUTPUT --train-data TRAIN --held-out FILE LENGTH [LENGTH ...]
 
 The paper draws one L for a batch, uniformly. The others: one L for each recording; weights that grow, or fall, with
 the length; and a schedule that starts with the greatest lengths and takes in a shorter one at a time, until all are
 there in the middle of the run. Prints the losses on held-out questions at fixed lengths, and writes them to
-`comparison.json` in the last folder. A run that was stopped goes on.
+`comparison.json` in OUTPUT. A run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -16,26 +14,28 @@ import argparse
 import json
 import math
 import random
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..app.markdown import table
 from . import dct
 from .batches import DCTCollator
 from .cache import FeatureCache, describe_encoder
 
-DEMO = Path(__file__).parents[1] / "checkpoints" / "fastlongspeech-demo"
-STEPS, BATCH = 40, 8
-CLIP_LENGTHS, LONG_LENGTHS = (200, 50, 12), (750,)
+BATCH = 8  # held-out questions at a time
+# Rows about the voice, or that ask for every word: their losses say little of what is kept of the content.
+NOT_ABOUT_CONTENT = {"voice", "gender", "transcription", "transcribe", "repeat", "not_said"}
 
 
 class PerRecording(DCTCollator):
     """Draws L for every recording of a batch, uniformly: a function of the seed, the step and the place of its row."""
 
     def draw_length(self, rows: list[dict[str, Any]]) -> list[int]:
-        places = [(row["step"], int.from_bytes(str(row["audio"]).encode()[-8:], "little")) for row in rows]
+        places = [(row["step"], zlib.crc32(f"{row['audio']} {row['question']}".encode())) for row in rows]
         return [int(np.random.default_rng((self.seed, *place)).choice(self.target_lengths)) for place in places]
 
 
@@ -69,8 +69,10 @@ class MoreShort(Weighted):
 class MildFirst(Weighted):
     """Only the greatest length at first, one more at a time, all from the middle of the run on."""
 
+    steps = 40  # of the whole run
+
     def weights(self, step: int) -> Sequence[float]:
-        allowed = math.ceil(len(self.target_lengths) * min(1.0, 2 * (step + 1) / STEPS))
+        allowed = math.ceil(len(self.target_lengths) * min(1.0, 2 * (step + 1) / self.steps))
         return [float(place < allowed) for place in range(len(self.target_lengths))]
 
 
@@ -83,16 +85,45 @@ WAYS = {
 }
 
 
-def main() -> None:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpus", type=Path, help="folder that fastlongspeech.demo.corpus made")
+    parser.add_argument("model", help="folder or Hub id of the model that every run starts from")
     parser.add_argument("output", type=Path, help="folder of the runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="one run of every way for each")
-    arguments = parser.parse_args()
+    parser.add_argument("--train-data", type=Path, required=True, help="rows with audio, question and answer")
+    parser.add_argument(
+        "--held-out",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar="FILE LENGTH",
+        help="rows that are not trained on, and the lengths that they are fused to; may be given again",
+    )
+    parser.add_argument("--questions", type=int, default=96, help="of each held-out file, drawn once (default: 96)")
+    parser.add_argument("--steps", type=int, default=40, help="of every run (default: 40)")
+    parser.add_argument("--batch-size", type=int, default=8, help="questions of a step (default: 8)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: 1e-3")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="one run of every way for each (default: 1)")
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.held_out = [
+            (Path(file), [int(length) for length in lengths]) for file, *lengths in arguments.held_out
+        ]
+    except ValueError:
+        parser.error("--held-out takes a file and then its lengths, whole numbers of frames; correct it.")
+    if not all(lengths for _, lengths in arguments.held_out):
+        parser.error("--held-out needs at least one length after the file; add it.")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    MildFirst.steps = arguments.steps
     arguments.output.mkdir(parents=True, exist_ok=True)
-    evaluation = {"clips": ("dev", 96, CLIP_LENGTHS), "long": ("dev-long", 32, LONG_LENGTHS)}
-    manifests = {kind: questions(arguments, kind, *rest[:2]) for kind, rest in evaluation.items()}
-    training = questions(arguments, "train", "train")
+    training = questions(arguments.train_data, arguments.output / "train.jsonl")
+    held_out = [
+        (questions(file, arguments.output / f"held-out-{number}.jsonl", arguments.questions), lengths)
+        for number, (file, lengths) in enumerate(arguments.held_out, start=1)
+    ]
     results: dict[str, list[dict[str, float]]] = {}
     for seed in arguments.seeds:
         for way in WAYS:
@@ -100,40 +131,44 @@ def main() -> None:
             folder = arguments.output / f"{way.replace(' ', '-')}-{seed}"
             if not (folder / "config.json").exists():
                 train(arguments, folder, training, WAYS[way], seed)
-            for kind, (_, _, lengths) in evaluation.items():
-                losses |= {
-                    f"{kind} {length}": loss for length, loss in measure(arguments, folder, manifests[kind], lengths)
-                }
+            for manifest, lengths in held_out:
+                measured = measure(arguments, folder, manifest, lengths)
+                losses |= {f"{manifest.stem}, {length}": loss for length, loss in measured}
             results.setdefault(way, []).append(losses)
-            (arguments.output / "comparison.json").write_text(json.dumps(results, indent=1))
-    names = list(results["uniform"][0])
-    print("| L is drawn | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
-    for way, of_seeds in results.items():
-        means = [np.mean([losses[name] for losses in of_seeds]) for name in names]
-        print(f"| {way} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
+            (arguments.output / "comparison.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    rows = [
+        [way, *(f"{np.mean([losses[name] for losses in of_seeds]):.3f}" for name in of_seeds[0])]
+        for way, of_seeds in results.items()
+    ]
+    print(table(["L is drawn", *results["uniform"][0]], rows))
 
 
-def questions(arguments: argparse.Namespace, kind: str, split: str, number: int | None = None) -> Path:
-    """Writes a manifest of a split's questions about facts, so many of them or all, and returns its path."""
-    folder = (arguments.corpus / split).resolve()
-    rows = [json.loads(line) for line in (folder / "qa.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["kind"] not in ("voice", "transcription")]
-    chosen = random.Random(0).sample(rows, number or len(rows))
-    path = arguments.output / f"{kind}.jsonl"
-    path.write_text("".join(json.dumps({**row, "audio": str(folder / row["audio"])}) + "\n" for row in chosen))
+def questions(manifest: Path, path: Path, number: int | None = None) -> Path:
+    """Writes the questions of a manifest about what is said, so many of them or all, to a path, and returns it.
+
+    Raises:
+        ValueError: the manifest has fewer of them.
+    """
+    rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if "audio" in row and row.get("kind", row.get("task")) not in NOT_ABOUT_CONTENT]
+    if number is not None and number > len(rows):
+        raise ValueError(f"{manifest} has {len(rows)} questions about what is said, not {number}; ask for fewer.")
+    chosen = rows if number is None else random.Random(0).sample(rows, number)
+    lines = [json.dumps({**row, "audio": str((manifest.parent / row["audio"]).resolve())}) for row in chosen]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
 def train(arguments: argparse.Namespace, folder: Path, manifest: Path, collator: type[DCTCollator], seed: int) -> None:
-    """Trains the demo model in one way."""
+    """Trains the model in one way."""
     settings = {
-        "model": DEMO,
+        "model": arguments.model,
         "train_data": manifest,
         "output_dir": folder,
         "feature_cache": arguments.output / "features",
-        "max_steps": STEPS,
-        "per_device_train_batch_size": BATCH,
-        "learning_rate": 1e-3,
+        "max_steps": arguments.steps,
+        "per_device_train_batch_size": arguments.batch_size,
+        "learning_rate": arguments.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
         "lora_r": 64,
