@@ -223,10 +223,36 @@ def test_a_recipe_that_lacks_something_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must set benchmarks, lengths, models, output, page, training and nothing"):
         Recipe.read(str(path))
     content = yaml.safe_load((RECIPES / "paper-demo.yaml").read_text())
-    del content["models"]["plain"]
+    models = content["models"]
+    for named in ({"plain": models["plain"]}, models | {"other": "folder"}):
+        path.write_text(yaml.safe_dump(content | {"models": named}))
+        with pytest.raises(
+            ValueError, match="must name the model fastlongspeech, and none but fastlongspeech, stage1"
+        ):
+            Recipe.read(str(path))
+
+
+def test_rivals_without_a_model_are_asked_of_ours(recipe, tmp_path, capsys):
+    content = yaml.safe_load(recipe.read_text())
+    content |= {"output": str(tmp_path / "out"), "page": str(tmp_path / "page.md")}
+    content["models"] = {"fastlongspeech": content["models"]["fastlongspeech"]}
+    path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(content))
-    with pytest.raises(ValueError, match="must name models fastlongspeech, stage1, plain"):
-        Recipe.read(str(path))
+    read = Recipe.read(str(path))
+    conditions = read.conditions()
+    assert {condition.model for condition in conditions} == {"fastlongspeech"}
+    of_long = [condition.compression for condition in conditions if condition.benchmark == "long"]
+    rivals = ["random", "most_similar", "average_pooling", "adjacent_merging", "ntk_rope", "cascade", "ctc_cascade"]
+    assert sorted(of_long) == sorted([*rivals, "iterative_fusion", "single_step_fusion", "uniform_density"])
+    paper.main([str(path), "--steps", "report"])
+    page = (tmp_path / "page.md").read_text()
+    assert "| Random | fastlongspeech | `random` |" in page and "leaves out the models stage1, plain" in page
+    assert not any(
+        name in page for name in ("| AvgPool, trained", "w/o DCT", "| cascade, stage 1", "plain fine-tune |")
+    )
+    with pytest.raises(SystemExit):
+        paper.main([str(path), "--models", "plain"])
+    assert "--models plain is not in" in capsys.readouterr().err
 
 
 def test_frames_are_kept_for_models_with_the_same_encoder(checkpoint, tmp_path):

@@ -1,6 +1,7 @@
 """What the paper's tables compare: methods, the conditions they are asked under, and the recipe that names both."""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +46,8 @@ CASCADES = (
     Method("cascade", "fastlongspeech", "cascade"),
     Method("CTC cascade", "fastlongspeech", "ctc_cascade"),
 )
+# What these compare is how a model was trained: they are left out where a recipe has no such model.
+OF_TRAINING = (PLAIN_FUSION, POOLING_TRAINED, SIMILAR_TRAINED, STAGE1, *CASCADES[:2])
 ON_LONG = (
     *(OURS, ONE_STEP, UNIFORM),
     *(RANDOM, SIMILAR, POOLING, PLAIN_FUSION, MERGING, NTK_ROPE),
@@ -69,7 +72,8 @@ class Recipe:
     Attributes:
         output: folder for the predictions of all conditions.
         page: Markdown file to write; its plots go beside it.
-        models: folder of every one of `MODELS`; rivals that are missing are trained into theirs.
+        models: folders of `MODELS`; rivals that are missing there are trained. All but `fastlongspeech` may be left
+            out of the recipe: what they would be asked, `fastlongspeech` is asked.
         training: arguments of `fastlongspeech.train.dct` that the rivals share.
         lengths: L of the short benchmarks.
         benchmarks: by name, the arguments of `fastlongspeech evaluate` that say what is asked; a `title`; `long`
@@ -99,13 +103,16 @@ class Recipe:
         known = {field.name for field in dataclasses.fields(cls)} - {"source", "quick"}
         if not isinstance(content, dict) or set(content) != known:
             raise ValueError(f"{source} must set {', '.join(sorted(known))} and nothing else; correct it.")
-        if set(content["models"]) != set(MODELS):
-            raise ValueError(f"{source} must name models {', '.join(MODELS)}, got {', '.join(content['models'])}.")
+        if not {OURS.model} <= set(content["models"]) <= set(MODELS):
+            named = ", ".join(content["models"])
+            raise ValueError(
+                f"{source} must name the model {OURS.model}, and none but {', '.join(MODELS)}, got {named}."
+            )
         output, page = Path(content["output"]), Path(content["page"])
         content["training"] = list(map(str, content["training"]))
         if quick:
             output, page = output / "quick", output / "quick" / "results.md"
-            content["models"] |= {name: str(output / "models" / name) for name in RIVALS}
+            content["models"] |= {name: str(output / "models" / name) for name in RIVALS if name in content["models"]}
             content["training"] += ["--max_steps", "2"]
             content["lengths"] = [max(content["lengths"]), min(content["lengths"])]
             for asked in content["benchmarks"].values():
@@ -116,21 +123,30 @@ class Recipe:
         """Tells whether recordings of a benchmark are longer than a window."""
         return bool(self.benchmarks[benchmark].get("long"))
 
+    def compared(self, methods: Iterable[Method]) -> list[Method]:
+        """Returns those of the methods that the recipe compares."""
+        return [method for method in methods if method.model in self.models or method not in OF_TRAINING]
+
+    def model(self, method: Method) -> str:
+        """Returns the name of the model that a method is asked of."""
+        return method.model if method.model in self.models else OURS.model
+
     def condition(self, benchmark: str, method: Method, length: int = WINDOW) -> Condition:
         """Returns the condition of a method at a length; short recordings keep every frame from `WINDOW` on."""
         compression = method.compression
         if compression in COMPRESSIONS and length >= WINDOW and not self.is_long(benchmark):
             compression = "none"
-        return Condition(benchmark, method.model, compression, length if compression in COMPRESSIONS else None)
+        return Condition(benchmark, self.model(method), compression, length if compression in COMPRESSIONS else None)
 
     def conditions(self) -> list[Condition]:
         """Returns all conditions, the most important first."""
         wanted = []
         for benchmark, asked in self.benchmarks.items():
             if self.is_long(benchmark):
-                wanted += [self.condition(benchmark, method) for method in ON_LONG]
+                wanted += [self.condition(benchmark, method) for method in self.compared(ON_LONG)]
                 continue
-            wanted += [self.condition(benchmark, method, length) for method in AT_LENGTHS for length in self.lengths]
+            methods = self.compared(AT_LENGTHS)
+            wanted += [self.condition(benchmark, method, length) for method in methods for length in self.lengths]
             wanted.append(self.condition(benchmark, BASELINE))
             if asked["task"] == "asr":
                 wanted.append(self.condition(benchmark, CTC))

@@ -50,7 +50,9 @@ class Results:
         self._flops: dict[tuple[int, int | None, str], int] = {}
 
     def rows(self, benchmark: str, method: Method, length: int = WINDOW) -> Rows | None:
-        """Returns the predictions of a condition; None: not there."""
+        """Returns the predictions of a condition; None: not there, or the recipe does not compare this method."""
+        if not self.recipe.compared([method]):
+            return None
         return self.found.get(self.recipe.condition(benchmark, method, length))
 
     def title(self, benchmark: str) -> str:

@@ -73,8 +73,7 @@ def train(recipe: Recipe, names: Sequence[str]) -> None:
     from ...train import dct  # the extra `train`
 
     for name, compression in RIVALS.items():
-        folder = recipe.models[name]
-        if name in names and not (Path(folder) / "config.json").exists():
+        if name in names and not (Path(folder := recipe.models[name]) / "config.json").exists():
             dct.main([*recipe.training, "--compression", compression, "--output_dir", folder])
 
 
@@ -156,23 +155,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="YAML file: models, benchmarks, lengths, and where everything goes")
     parser.add_argument("--steps", nargs="+", default=STEPS, choices=STEPS, metavar="STEP", help=f"of {STEPS}")
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS, metavar="MODEL", help=f"of {MODELS}")
+    parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help="of the recipe (default: all)")
     parser.add_argument("--commands", action="store_true", help="print the commands of the conditions, and do no more")
     parser.add_argument("--quick", action="store_true", help="a few questions, to see that everything works")
     arguments = parser.parse_args(argv)
     recipe = Recipe.read(arguments.recipe, arguments.quick)
+    names = arguments.models or list(recipe.models)
+    for name in names:
+        if name not in recipe.models:
+            parser.error(f"--models {name} is not in {arguments.recipe}; pass models of {', '.join(recipe.models)}.")
     if arguments.commands:
         for condition in recipe.conditions():
-            if condition.model in arguments.models:
+            if condition.model in names:
                 print(shlex.join(["fastlongspeech", "evaluate", *recipe.command(condition)]))
         return
     models, state = Models(), PartialState(cpu=not torch.cuda.is_available())
     if "train" in arguments.steps:
-        train(recipe, arguments.models)
+        train(recipe, names)
         state.wait_for_everyone()  # until the main process has written the last rival
     if "evaluate" in arguments.steps:
-        evaluate(recipe, arguments.models, models)
+        evaluate(recipe, names, models)
     if "time" in arguments.steps and state.is_main_process:
-        measure(recipe, arguments.models, models)
+        measure(recipe, names, models)
     if "report" in arguments.steps and state.is_main_process:
         write_report(recipe)
