@@ -71,7 +71,13 @@ def test_every_way_starts_from_the_same_model_and_is_scored_on_the_same_question
 
 
 @pytest.mark.parametrize(
-    "held_out, message", [([], "at least one length"), (["12", "x"], "whole numbers of frames"), (["12"], "not 96")]
+    "held_out, message",
+    [
+        ([], "at least one length"),
+        (["12", "x"], "whole numbers of frames"),
+        (["12"], "not 96"),
+        (["12", "--questions", "1", "2"], "one for each of 1"),
+    ],
 )
 def test_bad_held_out_data_is_refused(tmp_path: Path, capsys, held_out: list[str], message: str) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [{"audio": "a.wav", "question": "Who?", "answer": "I."}])

@@ -11,6 +11,7 @@ there in the middle of the run. Prints the losses on held-out questions at fixed
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -98,7 +99,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE LENGTH",
         help="rows that are not trained on, and the lengths that they are fused to; may be given again",
     )
-    parser.add_argument("--questions", type=int, default=96, help="of each held-out file, drawn once (default: 96)")
+    parser.add_argument(
+        "--questions", type=int, nargs="+", default=[96], metavar="N", help="of all held-out files, or of each (96)"
+    )
     parser.add_argument("--steps", type=int, default=40, help="of every run (default: 40)")
     parser.add_argument("--batch-size", type=int, default=8, help="questions of a step (default: 8)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: 1e-3")
@@ -112,6 +115,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--held-out takes a file and then its lengths, whole numbers of frames; correct it.")
     if not all(lengths for _, lengths in arguments.held_out):
         parser.error("--held-out needs at least one length after the file; add it.")
+    if len(arguments.questions) not in (1, len(arguments.held_out)):
+        parser.error(f"--questions takes one number, or one for each of {len(arguments.held_out)} held-out files.")
     return arguments
 
 
@@ -120,10 +125,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     MildFirst.steps = arguments.steps
     arguments.output.mkdir(parents=True, exist_ok=True)
     training = questions(arguments.train_data, arguments.output / "train.jsonl")
-    held_out = [
-        (questions(file, arguments.output / f"held-out-{number}.jsonl", arguments.questions), lengths)
-        for number, (file, lengths) in enumerate(arguments.held_out, start=1)
-    ]
+    held_out = []
+    numbers = itertools.cycle(arguments.questions)
+    for place, ((file, lengths), number) in enumerate(zip(arguments.held_out, numbers, strict=False), start=1):
+        held_out.append((questions(file, arguments.output / f"held-out-{place}.jsonl", number), lengths))
     results: dict[str, list[dict[str, float]]] = {}
     for seed in arguments.seeds:
         for way in WAYS:
