@@ -120,10 +120,13 @@ def test_the_native_sets_count_together_where_all_are_there(tmp_path):
     for number, name in enumerate(report.HUMAN):
         rows = [{"row": 0, "recording": name, "word_errors": number, "words": 10}]
         scored(tmp_path, f"{name}/ctc", rows)
+        if (name, "iterative_fusion", 400) in evaluate.conditions():  # of LJSpeech no clip is long enough
+            scored(tmp_path, f"{name}/iterative_fusion-400", rows)
     titles = {name: (name, "asr") for name in report.HUMAN} | {"passages": ("p", "qa"), "people": ("q", "qa")}
     report.write_page(tmp_path / "page.md", tmp_path, titles, ())
-    clips, ctc, *_ = line(tmp_path / "page.md", "all four native sets")
+    clips, ctc, long, _, written, _ = line(tmp_path / "page.md", "all four native sets")
     assert clips == "4" and ctc.startswith("15.0 [")  # 0 + 1 + 2 + 3 of 40
+    assert long == "3" and written.startswith("13.3 [")  # 0 + 1 + 3 of 30
 
 
 def test_ways_are_timed_in_turn_and_scored_on_the_same_questions(corpus, checkpoint, tmp_path, monkeypatch):
