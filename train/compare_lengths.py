@@ -11,7 +11,6 @@ there in the middle of the run. Prints the losses on held-out questions at fixed
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import random
@@ -117,6 +116,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--held-out needs at least one length after the file; add it.")
     if len(arguments.questions) not in (1, len(arguments.held_out)):
         parser.error(f"--questions takes one number, or one for each of {len(arguments.held_out)} held-out files.")
+    if len(arguments.questions) == 1:
+        arguments.questions *= len(arguments.held_out)
     return arguments
 
 
@@ -126,8 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     training = questions(arguments.train_data, arguments.output / "train.jsonl")
     held_out = []
-    numbers = itertools.cycle(arguments.questions)
-    for place, ((file, lengths), number) in enumerate(zip(arguments.held_out, numbers, strict=False), start=1):
+    for place, ((file, lengths), number) in enumerate(zip(arguments.held_out, arguments.questions, strict=True), 1):
         held_out.append((questions(file, arguments.output / f"held-out-{place}.jsonl", number), lengths))
     results: dict[str, list[dict[str, float]]] = {}
     for seed in arguments.seeds:
