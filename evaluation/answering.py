@@ -46,24 +46,30 @@ def make_prompt(processor: Any, question: str, audio: bool) -> str:
 
 @torch.inference_mode()
 def answer_batch(
-    model: Any, processor: Any, questions: Sequence[str], heard: Sequence[Tensor | None], max_new_tokens: int
+    model: Any,
+    processor: Any,
+    questions: Sequence[str],
+    heard: Sequence[Tensor | None],
+    max_new_tokens: int,
+    names: Sequence[str] = (),
 ) -> list[Answer]:
     """Returns the greedy answers to questions in one batch.
 
-    Neighbouring questions about the same recording begin alike: with the recording. The language model reads that
-    common beginning once.
+    Neighbouring questions about the same recording begin alike: with the recording, or with its transcript. The
+    language model reads that common beginning once.
 
     Args:
         model, processor: a FastLongSpeech and its processor.
         questions: one for every answer.
         heard: what each question is about: the embeddings of a recording, `(frames, hidden)`, or None for nothing.
         max_new_tokens: of every answer.
+        names: of the recordings; by default the same embeddings are the same recording.
     """
     asked = zip(questions, heard, strict=True)
     prompts = [make_prompt(processor, question, audio=about is not None) for question, about in asked]
     rows = processor.tokenizer(prompts).input_ids
-    pairs = zip(heard, rows, strict=True)
-    groups = [list(neighbours) for _, neighbours in groupby(pairs, key=lambda pair: id(pair[0]))]
+    described = zip(names or map(id, heard), zip(heard, rows, strict=True), strict=True)
+    groups = [[pair for _, pair in neighbours] for _, neighbours in groupby(described, key=lambda item: item[0])]
     # At least the last token is left to each question: the language model must see one to give logits.
     openings = [commonprefix([row[:-1] for _, row in group]) for group in groups]
     group_of = torch.tensor([number for number, group in enumerate(groups) for _ in group], device=model.device)
@@ -239,7 +245,8 @@ class Answerer:
         questions = [
             self._fill(transcript.text, question) for transcript, question in zip(heard, questions, strict=True)
         ]
-        answers = answer_batch(self.model, self.processor, questions, [None] * len(questions), self.max_new_tokens)
+        nothing = [None] * len(questions)
+        answers = answer_batch(self.model, self.processor, questions, nothing, self.max_new_tokens, names)
         return [
             Answer(text.strip(), ended and transcript.ended)
             for (text, ended), transcript in zip(answers, heard, strict=True)

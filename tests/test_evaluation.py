@@ -271,7 +271,7 @@ def test_the_cascade_gives_the_transcript_of_every_window_as_text(model, clips, 
 def test_an_answer_by_a_transcript_that_was_cut_has_not_ended(model, clips, processor, monkeypatch):
     limits = []
 
-    def ask_all(_, processor, questions, heard, limit):
+    def ask_all(_, processor, questions, heard, limit, names=()):
         limits.append(limit)
         return [Answer("text", limit == 2)] * len(questions)
 
@@ -313,13 +313,23 @@ def test_the_ctc_cascade_gives_the_transcript_of_the_ctc_decoder(model, clips, p
         assert answer.text == answer_batch(model, processor, [prompt], [None], 4)[0].text.strip()
 
 
-def test_the_true_transcript_is_the_passage_of_the_row(model, processor):
-    answerer = Answerer(model, processor, "true_transcript", None, 4, "{transcript}\n{question}")
-    found = answerer.answer(
-        ["Who?", "Where?"], ["0", "1"], ["nobody reads it"] * 2, ["Anna is here.", "Tom is there."]
+def test_the_true_transcript_is_the_passage_of_the_row_and_read_once_for_its_questions(model, processor, monkeypatch):
+    passages = ["Anna is here.", "Anna is here.", "Tom is there."]
+    questions = ["Who?", "Where is she?", "Where?"]
+    prompts = [f"{passage}\n{question}" for passage, question in zip(passages, questions, strict=True)]
+    one_by_one = [answer_batch(model, processor, [prompt], [None], 4)[0].text.strip() for prompt in prompts]
+    read = []
+    inner = model.model.language_model.forward
+    monkeypatch.setattr(
+        model.model.language_model,
+        "forward",
+        lambda *args, **inputs: read.append(inputs["inputs_embeds"].shape[:2]) or inner(*args, **inputs),
     )
-    prompts = ["Anna is here.\nWho?", "Tom is there.\nWhere?"]
-    assert [a.text for a in found] == [a.text.strip() for a in answer_batch(model, processor, prompts, [None] * 2, 4)]
+    answerer = Answerer(model, processor, "true_transcript", None, 4, "{transcript}\n{question}")
+    found = answerer.answer(questions, ["0", "0", "1"], ["nobody reads it"] * 3, passages)
+    assert [answer.text for answer in found] == one_by_one
+    (transcripts, _), (rows, tokens), *_ = read
+    assert (transcripts, rows) == (2, 3) and tokens < len(prompts[1])
     with pytest.raises(ValueError, match="column passage"):
         answerer.answer(["Who?"], ["2"], ["nobody reads it"], [None])
 
