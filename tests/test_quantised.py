@@ -1,16 +1,19 @@
 """Quantised loading: the content densities stay what they are in float32. Answers would not show that they do not."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import write_rows
 from torch import Tensor
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from fastlongspeech import FastLongSpeechForConditionalGeneration
+from fastlongspeech.hub import quantised
 
 Model = FastLongSpeechForConditionalGeneration
 Make = Callable[..., Any]
@@ -70,3 +73,31 @@ def test_a_model_that_is_quantised_after_loading(float32: Model, make_audio: Mak
     assert type(model.model.ctc_decoder.linear.weight.data) is not Tensor
     assert_same_densities(model.density(frames), float32.density(frames))
     assert len(model.encode(**make_audio([900])).frames) == len(frames)
+
+
+def test_the_costs_are_measured_row_by_row_and_a_stopped_run_goes_on(
+    checkpoint: Path, wav: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(quantised, "ROWS", [quantised.ROWS[0], quantised.ROWS[2]])
+    clips = write_rows(tmp_path / "clips.jsonl", [{"audio": str(wav), "text": "the cat sat"}])
+    asked = {"audio": str(wav), "question": "Who?", "answer": "I."}
+    questions = write_rows(tmp_path / "questions.jsonl", [asked, asked])
+    page = tmp_path / "page.md"
+    page.write_text("# Costs\n")
+    command = [str(checkpoint), "--clips", str(clips), "--questions", str(questions), "--page", str(page)]
+    command += ["--target-length", "20", "--output", str(tmp_path / "figures")]
+    quantised.main(command)
+    journal = tmp_path / "figures" / "figures.jsonl"
+    plain, int8 = (json.loads(line) for line in journal.read_text().splitlines())
+    assert (plain["apart"], plain["alike"]) == (0, pytest.approx(1)) and int8["alike"] > 0.99
+    model = Model.from_pretrained(checkpoint)
+    assert plain["bytes"] == sum(weight.nbytes for weight in [*model.parameters(), *model.buffers()])
+    assert int8["bytes"] < plain["bytes"]
+    assert "| bitsandbytes int8, encoder whole |" in page.read_text() and "2 questions, 1 clips" in page.read_text()
+
+    journal.write_text(journal.read_text().splitlines(keepends=True)[0])
+    capsys.readouterr()
+    quantised.main(command)
+    assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[:1]] == [int8["name"]]
+    with pytest.raises(ValueError, match="holds figures of .*target_length 20; name another folder"):
+        quantised.main([*command, "--target-length", "10"])
