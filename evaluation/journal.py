@@ -1,4 +1,7 @@
-"""A JSON-lines file that is written as results come, and read again after its writer was killed."""
+"""A JSON-lines file that is written as results come, and read again after its writer was killed.
+
+What the results depend on stands beside them: see `refuse_other`.
+"""
 
 import json
 from pathlib import Path
@@ -11,6 +14,24 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
         return []
     lines = Path(path).read_bytes().split(b"\n")
     return [json.loads(line) for line in lines[:-1] if line.strip()]
+
+
+def refuse_other(noted: dict[str, Any], wanted: dict[str, Any], output: str | Path) -> None:
+    """Refuses to go on with results that were made otherwise.
+
+    Args:
+        noted: what the results depend on, by names.
+        wanted: what the new ones would depend on.
+        output: where the results are.
+
+    Raises:
+        ValueError: they differ; all differences are named.
+    """
+    changed = [
+        f"{name} {noted.get(name)!r}, not {wanted[name]!r}" for name in wanted if noted.get(name) != wanted[name]
+    ]
+    if changed:
+        raise ValueError(f"--output {output} holds results with {'; '.join(changed)}; name another one.")
 
 
 class Journal:

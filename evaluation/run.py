@@ -29,7 +29,7 @@ from ..data.tasks import TASKS, Example, QuestionSet, load_questions
 from ..recordings_fastlongspeech import EncodedRecordings
 from .answering import BY_TRANSCRIPT, METHODS, Answerer
 from .chat import Chat
-from .journal import Journal
+from .journal import Journal, refuse_other
 from .judge import judge, read_template
 from .longspeech import RUBRIC as TEMPORAL_RUBRIC
 from .longspeech import TEMPORAL
@@ -274,12 +274,7 @@ def _keep_settings(output: Path, decisive: dict[str, Any]) -> None:
     if not path.exists():
         _write_json(path, {"arguments": decisive, "run": decisive, "versions": versions()})
         return
-    noted = json.loads(path.read_text(encoding="utf-8"))["arguments"]
-    changed = [
-        f"{name} {noted.get(name)!r}, not {decisive[name]!r}" for name in DECISIVE if noted.get(name) != decisive[name]
-    ]
-    if changed:
-        raise ValueError(f"--output {output} holds predictions with {'; '.join(changed)}; name another folder.")
+    refuse_other(json.loads(path.read_text(encoding="utf-8"))["arguments"], decisive, output)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

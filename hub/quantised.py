@@ -23,7 +23,7 @@ from .. import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor
 from ..app.markdown import insert_blocks, table
 from ..data.tasks import Example, QuestionSet, load_questions
 from ..evaluation.answering import Answerer
-from ..evaluation.journal import Journal, read_journal
+from ..evaluation.journal import Journal, read_journal, refuse_other
 from ..evaluation.run import make_batches
 from ..evaluation.scoring import token_f1, whisper_normalizer, word_errors
 from ..recordings_fastlongspeech import EncodedRecordings
@@ -159,9 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = arguments.output / "figures.jsonl"
     done = {row["name"]: row for row in read_journal(path)}
     for row in done.values():
-        if other := [f"{name} {row[name]}" for name in settings if row[name] != settings[name]]:
-            raise ValueError(f"--output {arguments.output} holds figures of {', '.join(other)}; name another folder.")
-
+        refuse_other(row, settings, arguments.output)
     processor = FastLongSpeechProcessor.from_pretrained(arguments.model)
     reference: list[tuple[Tensor, Tensor]] = []
     with Journal(path) as journal:

@@ -24,7 +24,7 @@ from ..app.markdown import insert_blocks, table
 from ..app.places import find_place
 from ..app.session import Heard, Session
 from ..app.words import ctc_words
-from ..evaluation.journal import Journal, read_journal
+from ..evaluation.journal import Journal, read_journal, refuse_other
 from ..evaluation.scoring import token_f1
 from ..prompts_fastlongspeech import embed_prompts
 from .corpus import HUMAN_QUESTIONS
@@ -99,8 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     answers, ways = sorted(arguments.answers), [way for way in WAYS if way in arguments.ways]
     begun = {"model": arguments.model, "dtype": arguments.dtype, "ways": ways, "answers": answers}
     kept = read_journal(arguments.output) if arguments.output else []
-    if kept and kept[0] != begun:
-        raise ValueError(f"--output {arguments.output} was begun with {kept[0]}; name another file.")
+    if kept:
+        refuse_other(kept[0], begun, arguments.output)
     rows = kept[1:]
     done = {(row["recording"], row["question"], row["answer_of"]) for row in rows}
     journal = Journal(arguments.output) if arguments.output else None

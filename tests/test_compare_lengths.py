@@ -68,6 +68,8 @@ def test_every_way_starts_from_the_same_model_and_is_scored_on_the_same_question
     assert [str(tmp_path / audio) in questions for _, audio in asked] == [True, False, True, True]
     assert len(scored) == 5 and len(set(scored)) == 1 and len(scored[0].splitlines()) == 2
     assert "| mild first | 1.500 | 1.500 |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds results with steps '7', not '8'; name another"):
+        compare_lengths.main([*command, "--questions", "2", "--steps", "8"])
 
 
 @pytest.mark.parametrize(

@@ -387,7 +387,7 @@ def test_a_run_that_was_stopped_goes_on(checkpoint, questions, tmp_path, monkeyp
     assert len(asked) == 1 and again["scores"] == whole["scores"]
     assert not list((tmp_path / "cut").glob("*.part*"))
     assert cli.main([*command, "--compression", "none"]) == 1
-    assert "compression 'iterative_fusion', not 'none'; name another folder" in capsys.readouterr().err
+    assert "compression 'iterative_fusion', not 'none'; name another one" in capsys.readouterr().err
 
 
 def test_transcripts_by_the_language_model_and_by_the_ctc_decoder(checkpoint, clips, tmp_path):

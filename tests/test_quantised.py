@@ -99,5 +99,5 @@ def test_the_costs_are_measured_row_by_row_and_a_stopped_run_goes_on(
     capsys.readouterr()
     quantised.main(command)
     assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[:1]] == [int8["name"]]
-    with pytest.raises(ValueError, match="holds figures of .*target_length 20; name another folder"):
+    with pytest.raises(ValueError, match="holds results with target_length 20, not 10; name another"):
         quantised.main([*command, "--target-length", "10"])

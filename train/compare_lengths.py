@@ -22,10 +22,12 @@ from typing import Any
 import numpy as np
 
 from ..app.markdown import table
+from ..evaluation.journal import refuse_other
 from . import dct
 from .batches import DCTCollator
 from .cache import FeatureCache, describe_encoder
 
+DECISIVE = ("model", "train_data", "steps", "batch_size", "learning_rate")  # of what is trained
 BATCH = 8  # held-out questions at a time
 # Rows about the voice, or that ask for every word: their losses say little of what is kept of the content.
 NOT_ABOUT_CONTENT = {"voice", "gender", "transcription", "transcribe", "repeat", "not_said"}
@@ -122,9 +124,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Trains what is not trained yet, measures it, and prints the table.
+
+    Raises:
+        ValueError: OUTPUT holds models that were trained otherwise, or a manifest has too few questions.
+    """
     arguments = parse_arguments(argv)
     MildFirst.steps = arguments.steps
     arguments.output.mkdir(parents=True, exist_ok=True)
+    settings = {name: str(getattr(arguments, name)) for name in DECISIVE}
+    if (noted := arguments.output / "settings.json").exists():
+        refuse_other(json.loads(noted.read_text(encoding="utf-8")), settings, arguments.output)
+    noted.write_text(json.dumps(settings, indent=1), encoding="utf-8")
     training = questions(arguments.train_data, arguments.output / "train.jsonl")
     held_out = []
     for place, ((file, lengths), number) in enumerate(zip(arguments.held_out, arguments.questions, strict=True), 1):
