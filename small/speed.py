@@ -1,20 +1,20 @@
 """Seconds to an answer about a recording, beside what a user would do instead: faster-whisper, then a language model.
 
     pip install faster-whisper
-    python -m fastlongspeech.small.speed CORPUS --speech FOLDER --model MODEL --page docs/results-small.md
+    python -m fastlongspeech.small.speed CORPUS --speech FOLDER --model MODEL --output SPEED --page PAGE
 
 The rival is Whisper base, whose encoder the small model began with, run by faster-whisper on as many threads, with
 beams of one; then the small model's own language model reads that transcript and answers. Recordings are of people
 who read: the test clips one after the other, cut at 2, 10 and 60 minutes. Every way runs in turn, once to warm up on
 the shortest recording, then `--repeats` times; ratios are medians over pairs that ran in turn. Beside the seconds
-stand the answers to the questions about recordings of people, given by each way.
+stand the answers to the questions about recordings of people, given by each way. A run that was stopped goes on with
+the next duration or recording.
 """
 
 import argparse
-import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +27,7 @@ from .. import load_recording
 from ..app.loading import find_device, load_model
 from ..app.markdown import insert_blocks, table
 from ..evaluation.answering import Answerer
+from ..evaluation.journal import Journal, read_journal, refuse_other
 from ..evaluation.scoring import mean_with_interval, token_f1, whisper_normalizer, word_errors
 from ..speed.common import describe_machine
 from .evaluate import PROMPT, SETS, read_rows
@@ -120,9 +121,8 @@ def ways(model: Any, processor: Any, rivals: dict[str, Callable[[str], str]]) ->
 
 def measure(
     ways: dict[str, Callable[..., Any]], speech: Path, seconds: Sequence[int], repeats: int
-) -> list[dict[str, Any]]:
-    """Returns for every duration the seconds of every way to an answer, run in turn, and whether it could answer."""
-    rows = []
+) -> Iterator[dict[str, Any]]:
+    """Yields for every duration the seconds of every way to an answer, run in turn, and whether it could answer."""
     with tempfile.TemporaryDirectory() as folder:
         for number, duration in enumerate(sorted(seconds)):
             path = str(joined(speech, duration, Path(folder, f"{duration}.flac")))
@@ -135,29 +135,36 @@ def measure(
                     if turn or number:
                         runs[name].append(time.perf_counter() - start)
                     answered[name] = answer != TOO_LONG
-            rows.append({"seconds": duration, "runs": runs, "answered": answered})
-    return rows
+            yield {"seconds": duration, "runs": runs, "answered": answered}
 
 
-def score(ways: dict[str, Callable[..., Any]], corpus: Path, speech: Path, limit: int | None) -> list[dict[str, Any]]:
-    """Returns the token F1 of every way's answers about recordings of people, and the word errors of transcripts."""
+def score(
+    ways: dict[str, Callable[..., Any]], corpus: Path, speech: Path, limit: int | None, done: Container[str]
+) -> Iterator[dict[str, Any]]:
+    """Yields the token F1 of every way's answers about recordings of people, and the word errors of transcripts.
+
+    Recordings whose paths are in `done` are left out.
+    """
     normalize = whisper_normalizer()
     recordings: dict[str, list[dict[str, Any]]] = {}
     for row in SETS["people"].rows(corpus, speech):
         recordings.setdefault(row["audio"], []).append(row)
-    found = []
     for path, rows in tqdm(list(recordings.items())[:limit], desc="questions", unit="recording", disable=None):
+        if path in done:
+            continue
+        scores = []
         for name, way in ways.items():
             answers, transcript = way(path, [row["question"] for row in rows], 2 * ANSWER_TOKENS)
             f1 = [token_f1(answer, row["answers"]) for answer, row in zip(answers, rows, strict=True)]
             errors = word_errors(normalize(rows[0]["passage"]), normalize(transcript)) if transcript else None
-            found.append({"way": name, "recording": path, "f1": f1, "word_errors": errors})
-    return found
+            scores.append({"way": name, "f1": f1, "word_errors": errors})
+        yield {"recording": path, "scores": scores}
 
 
-def report(results: dict[str, Any]) -> str:
-    """Returns the table of a run."""
-    durations = results["times"]
+def report(settings: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
+    """Returns the table of a run: what it was made with, and what `measure` and `score` found."""
+    durations = [row for row in results if "runs" in row]
+    scores = [score | {"recording": row["recording"]} for row in results if "scores" in row for score in row["scores"]]
     names = list(durations[0]["runs"])
     first = names[0]
     headings = ["way"]
@@ -172,25 +179,24 @@ def report(results: dict[str, Any]) -> str:
             line += [f"{median(row['runs'][name]):.1f}", f"{median(a / b for a, b in pairs):.1f}"]
             if not row["answered"][name]:
                 line[-2] += " (to the transcript, which is too long for the language model)"
-        scored = [row for row in results["scores"] if row["way"] == name]
+        scored = [row for row in scores if row["way"] == name]
         values = [(value, row["recording"]) for row in scored for value in row["f1"]]
         interval = mean_with_interval([value for value, _ in values], [recording for _, recording in values])
         line.append(percent(interval))
         errors = [row["word_errors"] for row in scored if row["word_errors"]]
         line.append(f"{100 * sum(e for e, _ in errors) / sum(n for _, n in errors):.1f}" if errors else "–")
         lines.append(line)
-    machine = results["machine"]
-    where = (
-        f"On {machine['device']}, {machine['threads']} threads, {machine['dtype']}; {results['repeats']} runs each."
-    )
+    repeats = settings["repeats"]
+    runs = f"{repeats} runs" if repeats > 1 else "one run"
+    where = f"On {settings['device']}, {settings['threads']} threads, {settings['dtype']}; {runs} each."
     return f"{where}\n\n{table(headings, lines)}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark, and writes its table into the page.
+    """Runs what is missing of the benchmark, and writes its table into the page.
 
     Raises:
-        ValueError: faster-whisper is missing, or there is too little speech.
+        ValueError: faster-whisper is missing, there is too little speech, or OUTPUT holds results of another run.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path, metavar="CORPUS")
@@ -202,26 +208,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=int, nargs="+", default=SECONDS, metavar="S")
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
     parser.add_argument("--limit", type=int, metavar="N", help="questions about the first N recordings only")
-    parser.add_argument("--output", type=Path, metavar="JSON", help="file for the results")
+    parser.add_argument("--output", type=Path, required=True, metavar="SPEED", help="folder for the results")
     parser.add_argument("--page", type=Path, metavar="FILE", help="Markdown page to write the table into")
     arguments = parser.parse_args(argv)
     device = find_device(arguments.device)
-    rivals: dict[str, Callable[[str], str]] = {name: Whisper(arguments.whisper, device, name) for name in TYPES}
-    model, processor = load_model(arguments.model, device, arguments.dtype)
-    found = ways(model, processor, rivals)
-    results = {
-        "machine": describe_machine(device, arguments.dtype),
-        "repeats": arguments.repeats,
-        "times": measure(found, arguments.speech, arguments.seconds, arguments.repeats),
-        "scores": score(found, arguments.corpus, arguments.speech, arguments.limit),
-    }
-    if arguments.output:
-        arguments.output.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    print(report(results))
+    machine = describe_machine(device, arguments.dtype)
+    settings = {name: machine[name] for name in ("device", "threads", "dtype", "torch", "transformers")}
+    settings |= {name: getattr(arguments, name) for name in ("model", "whisper", "repeats", "limit")}
+    path = arguments.output / "results.jsonl"
+    results = read_journal(path)
+    if results:
+        refuse_other(results[0], settings, arguments.output)
+    with Journal(path) as journal:
+
+        def note(row: dict[str, Any]) -> None:
+            results.append(row)
+            journal.append(row)
+
+        if not results:
+            note(settings)
+        rivals: dict[str, Callable[[str], str]] = {name: Whisper(arguments.whisper, device, name) for name in TYPES}
+        found = ways(*load_model(arguments.model, device, arguments.dtype), rivals)
+        waiting = set(arguments.seconds) - {row.get("seconds") for row in results}
+        for row in measure(found, arguments.speech, sorted(waiting), arguments.repeats):
+            note(row)
+        done = {row.get("recording") for row in results}
+        for row in score(found, arguments.corpus, arguments.speech, arguments.limit, done):
+            note(row)
+    text = report(settings, results[1:])
+    print(text)
     if arguments.page:
-        text = arguments.page.read_text(encoding="utf-8") if arguments.page.exists() else HEAD
-        text = insert_blocks(text, {"speed": report(results)}, str(arguments.page), WRITER)
-        arguments.page.write_text(text, encoding="utf-8")
+        page = arguments.page.read_text(encoding="utf-8") if arguments.page.exists() else HEAD
+        page = insert_blocks(page, {"speed": text}, str(arguments.page), WRITER)
+        arguments.page.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

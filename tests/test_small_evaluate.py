@@ -139,15 +139,25 @@ def test_ways_are_timed_in_turn_and_scored_on_the_same_questions(corpus, checkpo
     monkeypatch.setattr(speed, "Whisper", lambda name, device, kind: transcribe)
     words = [str(corpus[0]), "--speech", str(corpus[1]), "--model", str(checkpoint), "--seconds", "3", "2"]
     (corpus[1] / "test_long.jsonl").write_text((corpus[1] / "test_accented.jsonl").read_text())
-    page, output = tmp_path / "page.md", tmp_path / "speed.json"
-    speed.main([*words, "--repeats", "2", "--page", str(page), "--output", str(output)])
-    results = json.loads(output.read_text())
-    assert [row["seconds"] for row in results["times"]] == [2, 3]
-    assert {len(runs) for row in results["times"] for runs in row["runs"].values()} == {2}  # the first warmed up
+    page, output = tmp_path / "page.md", tmp_path / "speed"
+    words += ["--page", str(page), "--output", str(output)]
+    speed.main([*words, "--repeats", "2"])
+    journal = output / "results.jsonl"
+    _, short, long, asked = map(json.loads, journal.read_text().splitlines())
+    assert [short["seconds"], long["seconds"]] == [2, 3]
+    assert {len(runs) for row in (short, long) for runs in row["runs"].values()} == {2}  # the first warmed up
     assert len(heard) == 2 * (3 + 2 + 1)  # int8 and float32; of 2 s, of 3 s, and of the questions
-    (whisper,) = [row for row in results["scores"] if row["way"] == "faster-whisper, int8"]
+    (whisper,) = [row for row in asked["scores"] if row["way"] == "faster-whisper, int8"]
     assert whisper["word_errors"] == [0, 3] and len(whisper["f1"]) == 1
     assert line(page, "faster-whisper, int8")[-1] == "0.0"
+
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:2]))  # stopped after 2 s
+    heard.clear()
+    speed.main([*words, "--repeats", "2"])
+    assert len(heard) == 2 * (3 + 1)  # of 3 s, and of the questions
+    assert line(page, "faster-whisper, int8")[-1] == "0.0"
+    with pytest.raises(ValueError, match="holds results with repeats 2, not 1"):
+        speed.main([*words, "--repeats", "1"])
 
 
 def test_a_transcript_beyond_the_context_is_said_not_hidden(model, processor, tmp_path):
