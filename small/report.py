@@ -8,7 +8,8 @@ from typing import Any
 from ..app.markdown import insert_blocks, table
 from ..evaluation.journal import read_journal
 from ..evaluation.report import PREDICTIONS
-from ..evaluation.scoring import mean_with_interval
+from ..evaluation.scoring import exact_match, mean_with_interval
+from .tasks import NOT_SAID
 
 WRITER = "small/report.py"
 DASH = "–"  # for what is not there yet
@@ -112,12 +113,15 @@ def others(scores: dict[str, dict[str, Rows]]) -> str:
     """Returns the table of what is said about the voice, and of what is not said."""
     unsaid = scores.get("not-said", {}).get("iterative_fusion-400")
     voice = scores.get("voices", {}).get("iterative_fusion-400")
+    said = scores.get("passages", {}).get("iterative_fusion-400")
+    found = [row | {"found": not exact_match(row["prediction"], [NOT_SAID])} for row in said or []]
     lines = [
         [
             'a question that the passage does not answer: "It is not said."',
             len(unsaid or []),
             mean(unsaid, "exact_match"),
         ],
+        ["a question that the passage answers: any other answer", len(found), mean(found, "found")],
         ["man or woman", len(voice or []), mean(voice, "accuracy")],
     ]
     return table(["asked, at L = 400", "questions", "right, %"], lines)

@@ -96,7 +96,7 @@ def test_figures_are_shares_of_sums_with_intervals(tmp_path):
         return {"row": row, "recording": recording, "word_errors": errors, "words": words}
 
     def answered(row, recording, f1):
-        return {"row": row, "recording": recording, "token_f1": f1}
+        return {"row": row, "recording": recording, "prediction": "a hare", "token_f1": f1}
 
     # The language model wrote down the second clip alone: 3 errors, where the CTC decoder made 2 in ten words.
     scored(tmp_path, "kokoro/ctc", [heard(0, "a", 1, 10), heard(1, "b", 2, 10)])
@@ -127,6 +127,17 @@ def test_the_native_sets_count_together_where_all_are_there(tmp_path):
     clips, ctc, long, _, written, _ = line(tmp_path / "page.md", "all four native sets")
     assert clips == "4" and ctc.startswith("15.0 [")  # 0 + 1 + 2 + 3 of 40
     assert long == "3" and written.startswith("13.3 [")  # 0 + 1 + 3 of 30
+
+
+def test_an_answer_that_nothing_is_said_is_wrong_where_it_is_said(tmp_path):
+    rows = [
+        {"row": number, "recording": str(number), "prediction": text, "token_f1": 0}
+        for number, text in enumerate(["It is not said.", "A hare.", "it is not said", "No."])
+    ]
+    scored(tmp_path, "passages/iterative_fusion-400", rows)
+    report.write_page(tmp_path / "page.md", tmp_path, {"passages": ("p", "qa"), "people": ("q", "qa")}, ())
+    asked = "a question that the passage answers: any other answer"
+    assert line(tmp_path / "page.md", asked) == ["4", "50.0 [0.0, 100.0]"]
 
 
 def test_ways_are_timed_in_turn_and_scored_on_the_same_questions(corpus, checkpoint, tmp_path, monkeypatch):
