@@ -58,32 +58,37 @@ def build(session: Session) -> gr.Blocks:
     """
     counter = ModelCost(session.model.config)
 
-    def listen(path: str | None) -> Any:
+    def listen(path: str | None) -> Iterator[Any]:
+        # First nothing is left of the recording before: where this one is refused, nobody is answered about that.
+        yield None, gr.Slider(interactive=False), "", "", ""
         if path is None:
-            return None, gr.Slider(interactive=False), "", "", ""
+            return
         with sentence_of(path):
             heard = session.listen([path])
         known = heard.recordings[0]
         length = min(session.model.config.target_length, known.frames)
         slider = gr.Slider(maximum=known.frames, value=length, interactive=True)
-        return heard, slider, *redraw(heard, length), ""
+        yield heard, slider, *redraw(heard, length), ""
 
-    def redraw(heard: Heard | None, length: float) -> tuple[str, str]:
+    def redraw(heard: Heard | None, length: float | None) -> tuple[str, str]:
         if heard is None:
             return "", ""
-        return picture(session, heard, int(length)), saved(counter, heard, int(length))
+        tokens = whole(length)
+        return picture(session, heard, tokens), saved(counter, heard, tokens)
 
-    def answer(path: str | None, heard: Heard | None, question: str, length: float) -> Iterator[str]:
+    def answer(path: str | None, heard: Heard | None, question: str, length: float | None) -> Iterator[str]:
         if path is None or heard is None:
-            raise gr.Error("There is no recording yet: upload one, record one, or take an example.")
+            raise refusal("There is no recording yet: upload one, record one, or take an example.")
         if not question.strip():
-            raise gr.Error("The question is empty: write one.")
-        text = ""
+            raise refusal("The question is empty: write one.")
+        tokens = whole(length)
+        said = Answer("", True)
         with sentence_of(path):
-            for text in stream(lambda say: session.ask(heard, question, int(length), say)):
-                yield html.escape(text)
-        place = session.find_place(heard, question, text)
-        yield html.escape(text) + (play_from(path, place.start) if place else "")
+            for said in stream(lambda say: session.ask(heard, question, tokens, say)):
+                yield html.escape(said.text)
+        place = session.find_place(heard, question, said.text)
+        cut = "" if said.ended else f"<p>The answer may go on: it reached {session.max_new_tokens} tokens.</p>"
+        yield html.escape(said.text) + (play_from(path, place.start) if place else "") + cut
 
     with gr.Blocks(title="FastLongSpeech", analytics_enabled=False) as page:
         gr.Markdown("# FastLongSpeech\nAsk about a recording of any length, and see what the model keeps of it.")
@@ -141,8 +146,10 @@ def saved(counter: ModelCost, heard: Heard, length: int) -> str:
     )
 
 
-def stream(ask: Callable[[Callable[[str], None]], Answer]) -> Iterator[str]:
+def stream(ask: Callable[[Callable[[str], None]], Answer]) -> Iterator[Answer]:
     """Yields an answer as it grows, while it is made in a thread of its own; the last one is the whole of it.
+
+    Only the last one may have ended.
 
     Raises:
         ValueError: whatever the thread raised.
@@ -159,10 +166,10 @@ def stream(ask: Callable[[Callable[[str], None]], Answer]) -> Iterator[str]:
     text = ""
     while isinstance(piece := said.get(), str):
         text += piece
-        yield text
+        yield Answer(text, False)
     if isinstance(piece, Exception):
         raise piece
-    yield piece.text
+    yield piece
 
 
 def play_from(path: str, seconds: float) -> str:
@@ -174,13 +181,25 @@ def play_from(path: str, seconds: float) -> str:
     )
 
 
+def whole(length: float | None) -> int:
+    """Returns the tokens that the slider stands at; its field can be emptied."""
+    if length is None or length < 1:
+        raise refusal(f"L is {length}: choose how many tokens the model reads, 1 or more.")
+    return int(length)
+
+
+def refusal(sentence: str) -> gr.Error:
+    """Returns the error that shows a sentence to whoever sees the page, and nothing in the log of the server."""
+    return gr.Error(sentence, print_exception=False)
+
+
 @contextlib.contextmanager
 def sentence_of(path: str) -> Iterator[None]:
     """Shows what a wrong recording is refused with, by the name that its owner knows."""
     try:
         yield
     except (OSError, TypeError, ValueError) as error:
-        raise gr.Error(str(error).replace(path, Path(path).name)) from error
+        raise refusal(str(error).replace(path, Path(path).name)) from error
 
 
 def main(argv: list[str] | None = None) -> None:

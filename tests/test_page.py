@@ -112,8 +112,27 @@ def test_a_wrong_file_is_refused_by_a_sentence(address, browser, tmp_path):
     page = browser.new_page()
     page.set_default_timeout(WAIT)
     page.goto(address)
+    page.get_by_role("button", name="Example: a sonnet").click()
+    page.locator(".picture svg[role=img]").wait_for()
+    page.get_by_label("Clear").first.click()
     upload(page, broken)
     page.get_by_text(re.compile(r"broken\.wav .*")).first.wait_for()
+    assert page.locator(".picture svg[role=img]").count() == 0  # nothing is left of the sonnet
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_text("There is no recording yet").wait_for()
+    page.close()
+
+
+@needs_chromium
+def test_an_answer_that_is_cut_is_said_to_be(address, browser, session, monkeypatch):
+    monkeypatch.setattr(session, "max_new_tokens", 1)
+    page = browser.new_page()
+    page.set_default_timeout(WAIT)
+    page.goto(address)
+    page.get_by_role("button", name="Example: a sonnet").click()
+    page.locator(".picture svg[role=img]").wait_for()
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_text("The answer may go on: it reached 1 tokens.").wait_for()
     page.close()
 
 
