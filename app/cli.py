@@ -112,6 +112,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.run is print_cost and bool(arguments.recordings) == bool(arguments.seconds):
         cost_parser.error("give either recordings or --seconds.")
+    if arguments.run is print_answer and not arguments.question.strip():
+        ask_parser.error("QUESTION is empty; write one.")
     if getattr(arguments, "ctc", False) and (arguments.target_length, arguments.max_new_tokens) != (None, None):
         transcribe_parser.error("--ctc reads every frame: --target-length and --max-new-tokens have no meaning.")
     if arguments.run is print_transcript:

@@ -30,7 +30,7 @@ def print_answer(arguments: argparse.Namespace) -> None:
         leans_on = None
         if place is not None:
             leans_on = {"path": arguments.recordings[place.recording], "start": place.start, "end": place.end}
-        result = {"answer": answer.text, "leans_on": leans_on}
+        result = {"answer": answer.text, "ended": answer.ended, "leans_on": leans_on}
         print_json(session, {**result, "question": arguments.question, "recordings": facts})
 
 

@@ -67,6 +67,7 @@ def test_ask_as_json(checkpoint, recordings, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer.pop("seconds").keys() == {"loading", "reading", "listening", "answering"}
     answer.pop("leans_on")
+    assert answer.pop("ended") in (True, False)
     assert answer == {
         "answer": python(checkpoint, recordings[:1]),
         "question": QUESTION,
@@ -133,6 +134,14 @@ def test_cost_and_ask_take_the_configuration_s_target_length(checkpoint, recordi
 def test_an_answer_that_was_stopped_is_said_to_be(checkpoint, recordings, capsys):
     run("ask", recordings[1], QUESTION, "--model", checkpoint, "--max-new-tokens", 1)
     assert "the answer may go on: it reached --max-new-tokens 1\n" in capsys.readouterr().err
+    run("ask", recordings[1], QUESTION, "--model", checkpoint, "--max-new-tokens", 1, "--json")
+    assert json.loads(capsys.readouterr().out)["ended"] is False
+
+
+def test_an_empty_question_is_refused(checkpoint, recordings, capsys):
+    with pytest.raises(SystemExit):
+        run("ask", recordings[1], " ", "--model", checkpoint)
+    assert "QUESTION is empty; write one." in capsys.readouterr().err
 
 
 def test_a_model_without_an_end_token_answers_to_the_limit(checkpoint, recordings, capsys, monkeypatch):
