@@ -12,6 +12,7 @@ import argparse
 import fnmatch
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,8 @@ from typing import Any
 import soundfile
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 
 from ..app.defaults import find_model
@@ -35,23 +38,35 @@ from .verify import compare, make_recording
 PUBLISHED = ["*.safetensors", "*.safetensors.index.json", "*_fastlongspeech.py", "config.json", "*_config.json"]
 PUBLISHED += ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"]
 PUBLISHED += ["*.jinja", "ctc.model", "*.png", "learning-curves.json", "README.md"]
+MADE = ("license", "language", "dataset", "base_model")  # for a card that is made
+# The error of the client's own HTTP library, whichever that is; those that a Hub answers with are kinds of it.
+HTTP_ERROR: Any = HfHubHTTPError.__mro__[1]
 NEEDED = ["config.json", "processor_config.json", "tokenizer.json", "*_fastlongspeech.py", "*.safetensors"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog="fastlongspeech push", description=__doc__.split("\n")[0])
-    parser.add_argument("repo", metavar="REPO", help="org/name")
+    parser.add_argument("repo", metavar="REPO", type=repo_id, help="org/name")
     parser.add_argument("--model", help="folder of the model or adapter (default: the demo model of a checkout)")
     parser.add_argument("--private", action="store_true", help="for those alone who may see it; if it is new")
     parser.add_argument("--revision", default="main", metavar="BRANCH", help="branch, made if it is not there")
     parser.add_argument("--dry-run", action="store_true", help="list what would go, and show the card")
-    parser.add_argument("--license", metavar="ID", help="such as apache-2.0, for a card that is made")
+    parser.add_argument("--license", metavar="ID", type=license_id, help="such as apache-2.0, for a card that is made")
     parser.add_argument("--language", action="append", metavar="CODE", help="such as en; may be repeated")
     parser.add_argument("--dataset", action="append", metavar="ID", help="trained on it; may be repeated")
-    parser.add_argument("--base-model", metavar="ID", help="Hub id it was made of (default: what its records say)")
+    parser.add_argument(
+        "--base-model", metavar="ID", type=repo_id, help="Hub id it was made of (default: what its records say)"
+    )
     arguments = parser.parse_args(argv)
     folder = Path(find_model(arguments.model))
+    if not folder.is_dir():
+        parser.error(f"--model {folder} is no folder; name one with a model or an adapter.")
+    made = [f"--{name.replace('_', '-')}" for name in MADE if getattr(arguments, name)]
+    if made and (folder / "README.md").exists():
+        parser.error(
+            f"{', '.join(made)} would change nothing: {folder} has a README.md, which is its card; edit that."
+        )
     files, left_out = list_files(folder)
     card = make_card(
         folder, arguments.repo, arguments.license, arguments.language, arguments.dataset, arguments.base_model
@@ -68,6 +83,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"published as {commit}; trying it in a fresh process")
     apart = check_published(folder, arguments.repo, commit)
     print(f"{arguments.repo} at {commit} answers as {folder}: logits differ by {apart:.1e} of the largest one.")
+
+
+def repo_id(text: str) -> str:
+    """Returns the name of a repository on a Hub; another text is refused as an argument."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def license_id(text: str) -> str:
+    """Returns the name of a licence as the Hub writes them; another text is refused as an argument."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", text):
+        raise argparse.ArgumentTypeError(f"it must be a name such as apache-2.0, cc-by-4.0 or other, got {text}.")
+    return text
 
 
 def list_files(folder: Path) -> tuple[list[Path], list[str]]:
@@ -101,14 +132,18 @@ def push(folder: Path, files: list[Path], card: str, repo: str, private: bool, r
         OSError: the Hub can't be reached, refuses, or the line was cut; nothing is published then.
     """
     api = HfApi()
-    api.create_repo(repo, private=private or None, exist_ok=True)
-    if revision != "main":
-        api.create_branch(repo, branch=revision, exist_ok=True)
     operations = [CommitOperationAdd(path.name, path) for path in files]
     operations.append(CommitOperationAdd("README.md", card.encode()))
     message = f"Publish {folder.resolve().name}"
     try:
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        if revision != "main":
+            api.create_branch(repo, branch=revision, exist_ok=True)
         return api.create_commit(repo, operations, commit_message=message, revision=revision).oid
+    except OSError:  # what the Hub itself answers
+        raise
+    except HTTP_ERROR as error:
+        raise OSError(f"{api.endpoint} can't be reached ({error}); nothing is published: run push again.") from error
     except RuntimeError as error:  # of the upload of a large file; the reason is its cause
         raise OSError(
             f"{error} ({error.__cause__}); nothing is published, and what has arrived stays there: run push again."

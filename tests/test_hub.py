@@ -177,6 +177,38 @@ def test_a_folder_that_is_not_complete_is_refused(
     assert "org/half" not in connected.repositories
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a b/c"], "argument REPO: "),
+        (["org/name", "--license", "bad license: ["], "a name such as apache-2.0"),
+        (["org/name", "--base-model", "not an id"], "argument --base-model: "),
+        (["org/name", "--model", "nowhere"], "--model nowhere is no folder"),
+        (["org/name", "--license", "mit"], "--license would change nothing: "),
+    ],
+)
+def test_arguments_that_a_hub_would_refuse_or_that_change_nothing(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("# Mine\n")
+    with pytest.raises(SystemExit):
+        cli.main(["push", "--model", str(tmp_path / "model"), "--dry-run", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_a_hub_that_can_not_be_reached_is_said(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nobody = "http://127.0.0.1:9"
+    monkeypatch.setattr(huggingface_hub.hf_api.constants, "ENDPOINT", nobody)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "a-token")
+    assert cli.main(["push", "org/name", "--model", str(checkpoint)]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"fastlongspeech: {nobody} can't be reached (") and "nothing is published" in printed
+
+
 def test_another_branch(connected: LoopbackHub, checkpoint: Path) -> None:
     files, _ = publishing.list_files(checkpoint)
     commit = publishing.push(checkpoint, files, "# card", "org/branched", False, "v2")
