@@ -116,7 +116,10 @@ class SpeechProcessor(ProcessorMixin):
                 raise FileNotFoundError(
                     f"ctc_model must be the path of a SentencePiece model, but {ctc_model} is no file."
                 )
-            self.ctc_tokenizer = sentencepiece.SentencePieceProcessor(model_file=os.fspath(ctc_model))
+            try:
+                self.ctc_tokenizer = sentencepiece.SentencePieceProcessor(model_file=os.fspath(ctc_model))
+            except RuntimeError as error:
+                raise ValueError(f"ctc_model {ctc_model} is no SentencePiece model; name another file.") from error
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template or self.template)
         # Pipelines batch by these, and refuse two that differ. Calls of the processor pad on the left all the same.
         tokenizer.padding_side = feature_extractor.padding_side

@@ -54,9 +54,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     source = fetch(arguments.source, arguments.revision)
     if is_adapter(source):
+        of_models = ("adapter", "ctc_model", "processor", "dtype", "device")
+        if ignored := [f"--{name.replace('_', '-')}" for name in of_models if getattr(arguments, name)]:
+            parser.error(f"{', '.join(ignored)}: {source} is an adapter, which is only renamed; leave them out.")
         convert_adapter(source, arguments.output, arguments.base)
         print(f"{arguments.output} holds the adapter; load it with AutoPeftModelForCausalLM.from_pretrained.")
         return
+    if arguments.base:
+        parser.error(f"--base is for adapters, and {source} is a whole model; leave it out.")
     record = convert(
         source,
         arguments.output,
@@ -148,7 +153,7 @@ def convert(
         added = Adapter(fetch(adapter), host, shapes)
 
     settings = {"source": name or str(source), "revision": revision, "model_type": fields["model_type"]}
-    settings |= {"adapter": adapter, "dtype": dtype}
+    settings |= {"adapter": adapter, "dtype": dtype, "shard_size": shard_size}
     _open(output, settings)
     prepared = _make_processor(host, source, processor, ctc_model, config)
     decoder = None if has_ctc else _untrained(model, config)

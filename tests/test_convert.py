@@ -321,7 +321,9 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert len(before) == 2
     assert not (tmp_path / "output" / "config.json").exists()  # nothing takes it for a model
     with pytest.raises(ValueError, match="holds another conversion that was begun"):
-        convert(released, tmp_path / "output", dtype="float16")
+        convert(released, tmp_path / "output", shard_size="200KB", dtype="float16")
+    with pytest.raises(ValueError, match="holds another conversion that was begun"):  # its shards would stay
+        convert(released, tmp_path / "output", shard_size="400KB")
     convert(released, tmp_path / "output", shard_size="200KB")
     assert {name: (tmp_path / "output" / name).stat().st_mtime_ns for name in before} == before
     for path in converted.glob("*.safetensors"):
@@ -392,6 +394,25 @@ def test_wrong_weights_do_not_pass_the_comparison(
 def test_a_sentencepiece_model_of_another_size_is_refused(released: Path, ctc_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tells 50 pieces apart, but its SentencePiece model has"):
         convert(released, tmp_path / "output", ctc_model=ctc_model)
+
+
+def test_a_file_that_is_no_sentencepiece_model_is_refused(released: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.wav").write_text("no pieces")
+    with pytest.raises(ValueError, match="text.wav is no SentencePiece model; name another file"):
+        convert(released, tmp_path / "output", ctc_model=tmp_path / "text.wav")
+
+
+def test_options_that_would_have_no_effect_are_refused(
+    released: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for source, options, message in (
+        (released, ["--base", "org/name"], "--base is for adapters"),
+        (adapter, ["--base", "org/name", "--dtype", "float16"], "--dtype: "),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["convert", str(source), str(tmp_path / "output"), *options])
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "output").exists()
 
 
 @pytest.mark.parametrize(
