@@ -139,7 +139,7 @@ def measure(
 
 
 def score(
-    ways: dict[str, Callable[..., Any]], corpus: Path, speech: Path, limit: int | None, done: Container[str]
+    ways: dict[str, Callable[..., Any]], corpus: Path, speech: Path, limit: int | None, done: Container[str | None]
 ) -> Iterator[dict[str, Any]]:
     """Yields the token F1 of every way's answers about recordings of people, and the word errors of transcripts.
 
