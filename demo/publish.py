@@ -41,7 +41,7 @@ unless you pass another `dtype`.
 ```python
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-folder = "checkpoints/fastlongspeech-demo"
+folder = "checkpoints/fastlongspeech-demo"  # or the name of a repository that it was published in
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True)
 question = {{"type": "text", "text": "When does Patrick arrive?"}}
