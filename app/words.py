@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 WORD_STARTS = ("▁", "Ġ")  # how SentencePiece and byte-level tokenizers mark the first piece of a word
 ALIKE = 0.5  # share of letters from which two words may be the same one, misspelt by the CTC decoder
 GAP = 0.45  # cost of a word that only one side has; two of these cost more than a pair that is just alike
+SHORTEST = 0.02  # seconds of a word, half a frame: one between two that are heard in adjacent frames has time, too
 
 
 class Word(NamedTuple):
@@ -57,7 +58,7 @@ def lay_along(text: str, heard: list[Word], start: float, end: float) -> tuple[l
     """Returns the words of a text with the times of the heard words that they match, and which heard words they match.
 
     Words are paired in order, so that as many letters as possible agree. The words of the text between two that are
-    paired share the time between these evenly.
+    paired share the time between these evenly. Every word has some time, and no two overlap.
 
     Args:
         text: such as a transcript by the language model.
@@ -82,7 +83,26 @@ def lay_along(text: str, heard: list[Word], start: float, end: float) -> tuple[l
             if later == len(texts) and heard:  # what follows the last pair is not stretched over a pause
                 known = since, min(known[1], since + 0.3)
         words.append(Word(word, *known))
-    return words, matched
+    return _with_time(words, start, end), matched
+
+
+def _with_time(words: list[Word], start: float, end: float) -> list[Word]:
+    """Returns words of which each lasts at least `SHORTEST`, moved as little as that takes; all lie in the stretch."""
+    if not words:
+        return []
+    shortest = min(SHORTEST, (end - start) / len(words))
+    starts, earliest = [], start
+    for word in words:
+        starts.append(max(word.start, earliest))
+        earliest = starts[-1] + shortest
+    latest = end
+    for number in reversed(range(len(words))):
+        starts[number] = latest = min(starts[number], latest - shortest)
+    latest_ends = [*starts[1:], end]
+    return [
+        Word(word.text, begin, min(max(word.end, begin + shortest), latest))
+        for word, begin, latest in zip(words, starts, latest_ends, strict=True)
+    ]
 
 
 def _pair(texts: list[str], heard: list[str]) -> list[tuple[int, int]]:

@@ -1,5 +1,6 @@
 """Words have the seconds of the CTC frames that say them, and a text is laid along the words that were heard."""
 
+import random
 from collections.abc import Callable
 from itertools import groupby
 
@@ -91,6 +92,27 @@ def test_words_between_two_that_match_share_the_time_evenly():
     times = [time for word in words[2:4] for time in (word.start, word.end)]
     assert times == pytest.approx([1.8, 2.4, 2.4, 3.0])
     assert matched == [True, True, True, False]
+
+
+def test_words_between_two_that_are_heard_in_adjacent_frames_have_time():
+    heard = [Word("the", 1.0, 1.04), Word("sat", 1.04, 1.08), Word("on", 4.96, 5.0)]
+    words, _ = lay_along("the big sat on it too", heard, 0.0, 5.0)
+    times = [time for word in words for time in (word.start, word.end)]
+    assert times == pytest.approx([1.0, 1.04, 1.04, 1.06, 1.06, 1.08, 4.94, 4.96, 4.96, 4.98, 4.98, 5.0])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_words_of_any_text_are_in_order_and_have_time(seed):
+    draw = random.Random(seed)
+    frames = sorted(draw.sample(range(100), draw.randint(0, 60)))
+    heard = [Word(draw.choice("abcdefgh") * 4, frame * 0.04, frame * 0.04 + 0.04) for frame in frames]
+    text = [word for heard_word in heard for word in draw.choice([[], [heard_word.text], [heard_word.text, "yyyy"]])]
+    text += ["zzzz"] * draw.randint(0, 5)
+    words, _ = lay_along(" ".join(text), heard, 0.0, 4.0)
+    assert [word.text for word in words] == text
+    assert all(word.end - word.start >= 0.0199 for word in words)
+    edges = [time for word in words for time in (word.start, word.end)]
+    assert edges == sorted(edges) and all(-1e-9 <= edge <= 4.0 for edge in edges)
 
 
 def test_words_that_nothing_matches_stay_between_the_times_given():
