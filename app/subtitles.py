@@ -1,6 +1,7 @@
 """Transcripts as files: plain text, JSON, SubRip (srt) and WebVTT (vtt)."""
 
 import json
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,8 +9,8 @@ from .words import Word
 
 # What one reads at a time: two lines of 42 characters, 7 seconds at most, as guides for subtitles ask.
 LINE_CHARACTERS = 42
-CUE_CHARACTERS = 2 * LINE_CHARACTERS
 CUE_SECONDS = 7.0
+SHOWN_SECONDS = 0.8  # so long a cue is shown at least, if the next one does not begin before
 PAUSE_SECONDS = 0.6  # a pause as long as this ends a cue
 SENTENCE_ENDS = (".", "?", "!", "…")
 
@@ -23,21 +24,29 @@ class Segment(NamedTuple):
 
 
 def segments(words: Sequence[Word]) -> list[Segment]:
-    """Returns words as segments short enough to read as subtitles; they end at pauses and at the ends of sentences."""
+    """Returns words as segments short enough to read as subtitles; they end at pauses and at the ends of sentences.
+
+    A word alone may be longer than two lines, and is then a segment; one that lasts too long loses its end.
+    """
     groups: list[list[Word]] = []
     for word in words:
         if groups and not _ends(groups[-1], word):
             groups[-1].append(word)
         else:
             groups.append([word])
-    return [Segment(group[0].start, group[-1].end, " ".join(word.text for word in group)) for group in groups]
+    return [
+        Segment(
+            group[0].start, min(group[-1].end, group[0].start + CUE_SECONDS), " ".join(word.text for word in group)
+        )
+        for group in groups
+    ]
 
 
 def as_srt(cues: Iterable[Segment | Word]) -> str:
     """Returns segments or words as SubRip, which players read beside a film."""
     blocks = [
-        f"{number}\n{timestamp(cue.start, ',')} --> {timestamp(cue.end, ',')}\n{_lines(cue.text)}\n"
-        for number, cue in enumerate(cues, 1)
+        f"{number}\n{timestamp(cue.start, ',')} --> {timestamp(cue.end, ',')}\n{cue.text}\n"
+        for number, cue in enumerate(_shown(cues), 1)
     ]
     return "\n".join(blocks)
 
@@ -46,7 +55,7 @@ def as_vtt(cues: Iterable[Segment | Word]) -> str:
     """Returns segments or words as WebVTT, which browsers read."""
     escaped = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
     blocks = [
-        f"{timestamp(cue.start)} --> {timestamp(cue.end)}\n{_lines(cue.text).translate(escaped)}\n" for cue in cues
+        f"{timestamp(cue.start)} --> {timestamp(cue.end)}\n{cue.text.translate(escaped)}\n" for cue in _shown(cues)
     ]
     return "\n".join(["WEBVTT\n", *blocks])
 
@@ -82,22 +91,42 @@ def clock(seconds: float) -> str:
 
 def _ends(group: list[Word], word: Word) -> bool:
     """Tells whether a segment ends before a word."""
-    characters = sum(len(earlier.text) + 1 for earlier in group) + len(word.text)
     return (
-        characters > CUE_CHARACTERS
+        _two_lines(" ".join(one.text for one in (*group, word))) is None
         or word.end - group[0].start > CUE_SECONDS
         or word.start - group[-1].end >= PAUSE_SECONDS
         or group[-1].text.endswith(SENTENCE_ENDS)
     )
 
 
-def _lines(text: str) -> str:
-    """Returns a cue's text in two lines where it is long for one; cut at the space nearest to its middle."""
-    if len(text) <= LINE_CHARACTERS or " " not in text:
-        return text
-    spaces = [place for place, letter in enumerate(text) if letter == " "]
+def _shown(cues: Iterable[Segment | Word]) -> list[Segment]:
+    """Returns cues in lines, each for as long as one needs to read it or until the next one begins."""
+    parts = [part for cue in cues for part in _parts(cue)]
+    nexts = [part.start for part in parts] + [float("inf")]
+    return [
+        part._replace(end=min(max(part.end, part.start + SHOWN_SECONDS), part.start + CUE_SECONDS, following))
+        for part, following in zip(parts, nexts[1:], strict=True)
+    ]
+
+
+def _parts(cue: Segment | Word) -> list[Segment]:
+    """Returns a cue in lines; where two of them can't hold it, as several cues that share its time evenly."""
+    lines = _two_lines(cue.text) or textwrap.wrap(cue.text, LINE_CHARACTERS, break_on_hyphens=False)
+    texts = ["\n".join(lines[first : first + 2]) for first in range(0, len(lines), 2)]
+    each = (cue.end - cue.start) / len(texts)
+    return [Segment(cue.start + each * n, cue.start + each * (n + 1), text) for n, text in enumerate(texts)]
+
+
+def _two_lines(text: str) -> list[str] | None:
+    """Returns a text in one line, or in two, cut at the space nearest to its middle; None if they can't hold it."""
+    if len(text) <= LINE_CHARACTERS:
+        return [text]
+    after = len(text) - LINE_CHARACTERS - 1  # the first place of a space that leaves a second line short enough
+    spaces = [place for place in range(max(0, after), LINE_CHARACTERS + 1) if text[place] == " "]
+    if not spaces:
+        return None
     middle = min(spaces, key=lambda place: abs(place - len(text) // 2))
-    return f"{text[:middle]}\n{text[middle + 1 :]}"
+    return [text[:middle], text[middle + 1 :]]
 
 
 __all__ = ["Segment", "as_json", "as_srt", "as_vtt", "clock", "segments", "timestamp"]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..evaluation.journal import Journal, read_journal
 from .commands import open_session, report_seconds
 from .subtitles import Segment, as_json, as_srt, as_vtt, segments
-from .words import Word
+from .words import Word, lay_along
 
 if TYPE_CHECKING:
     from .transcript import Window
@@ -131,10 +131,9 @@ def render(windows: list["Window"], form: str, times: str, facts: dict[str, Any]
         return "".join(f"{window.text}\n" for window in windows if window.text)
     said: list[Segment | Word] = []
     for window in windows:
-        if window.words:
-            said += window.words if times == "words" else segments(window.words)
-        elif window.text:  # the CTC decoder is not trained: nothing is known but the window
-            said.append(Segment(window.start, window.end, window.text))
+        # Where the CTC decoder is not trained, nothing is known but the window: its words share its time evenly.
+        words = window.words or lay_along(window.text, [], window.start, window.end)[0]
+        said += words if times == "words" else segments(words)
     if form == "json":
         return as_json({"text": " ".join(w.text for w in windows if w.text), times: said, **facts})
     return as_srt(said) if form == "srt" else as_vtt(said)
