@@ -9,11 +9,27 @@ from typing import Any
 
 
 def read_journal(path: str | Path) -> list[dict[str, Any]]:
-    """Returns the objects in a file, without a last line that was cut short; none if there is no file."""
+    """Returns the objects in a file, without a last line that was cut short; none if there is no file.
+
+    Raises:
+        ValueError: a line is no JSON object.
+    """
     if not Path(path).exists():
         return []
     lines = Path(path).read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1] if line.strip()]
+    return [_read_line(line, number, path) for number, line in enumerate(lines[:-1], 1) if line.strip()]
+
+
+def _read_line(line: bytes, number: int, path: str | Path) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"line {number} of {path} is no JSON object; rename or remove the file, or name another --output."
+        )
+    return row
 
 
 def refuse_other(noted: dict[str, Any], wanted: dict[str, Any], output: str | Path) -> None:

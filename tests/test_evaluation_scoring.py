@@ -81,3 +81,11 @@ def test_a_journal_survives_a_cut_line(tmp_path):
     with Journal(path) as journal:
         journal.append({"text": "b"})
     assert [row["text"] for row in read_journal(path)] == ["é\n", "b"]
+
+
+@pytest.mark.parametrize("line", ["some text", "[1]", "\xff"])
+def test_a_journal_with_another_line_is_refused(line, tmp_path):
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' + line.encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match=f"^line 2 of {path} is no JSON object; rename or remove the file, or name"):
+        read_journal(path)
