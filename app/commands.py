@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .defaults import MAX_NEW_TOKENS, find_model
@@ -79,6 +80,16 @@ def open_session(arguments: argparse.Namespace, progress: bool = True) -> "Sessi
         max_new_tokens=longest,
         progress=progress,
     )
+
+
+def refuse_existing(output: Path) -> None:
+    """Refuses to write over a file.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if output.exists():
+        raise ValueError(f"--output {output} exists already; name another file, or remove it.")
 
 
 def disable_loading_bar() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib  # noqa: F401  # said to be missing before a model is loaded
 
 from .cli import positive
-from .commands import describe
+from .commands import describe, refuse_existing
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,8 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(arguments.output)
     if output.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--output {output} must end in .png, .svg or .pdf.")
-    if output.exists():
-        raise ValueError(f"--output {output} exists already; name another file, or remove it.")
+    refuse_existing(output)
 
     from .picture import draw
     from .session import Session

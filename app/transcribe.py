@@ -4,7 +4,9 @@ With `--output`, every window that is written is kept in a file beside it, and a
 """
 
 import argparse
+import contextlib
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,13 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.journal import Journal, read_journal
-from .commands import open_session, report_seconds
+from .commands import open_session, refuse_existing, report_seconds
 from .subtitles import Segment, as_json, as_srt, as_vtt, segments
 from .words import Word, lay_along
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from .transcript import Window
 
+FORMAT = "fastlongspeech transcript 1"  # in the first line of an unfinished file
 FORMATS = ("txt", "json", "srt", "vtt")
 TIMES = ("segments", "words")
 
@@ -29,8 +37,8 @@ def print_transcript(arguments: argparse.Namespace) -> None:
     from .transcript import cover
 
     output = None if arguments.output is None else Path(arguments.output)
-    if output is not None and output.exists():
-        raise ValueError(f"--output {output} exists already; name another file, or remove it.")
+    if output is not None:
+        refuse_existing(output)
     form = "json" if arguments.json else arguments.format or "txt"
     session = open_session(arguments, progress=False)
     if not session.model.config.ctc_trained and (arguments.ctc or arguments.times == "words"):
@@ -40,18 +48,21 @@ def print_transcript(arguments: argparse.Namespace) -> None:
     print_now = None
     if output is None and form == "txt":
         print_now = print_text
-    windows = list(write_all(session, samples, arguments, output, print_now))
-    coverage = cover(windows, seconds)
-    print(f"{arguments.recording}: {coverage}", file=sys.stderr)
-    report_seconds(session)
-    taken = {part: round(spent, 3) for part, spent in session.seconds.items()}
-    facts = {"path": arguments.recording, "coverage": asdict(coverage), "seconds": taken}
-    text = render(windows, form, arguments.times or "segments", facts)
+    kept: Any = contextlib.nullcontext((None, []))
     if output is not None:
-        unfinished = Path(f"{output}.writing")
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, output)
-        journal_of(output).unlink()
+        kept = keep_windows(output, describe_run(session, samples, arguments))
+    with kept as (journal, done):
+        windows = done + list(write_all(session, samples, arguments, done, journal, print_now))
+        coverage = cover(windows, seconds)
+        print(f"{arguments.recording}: {coverage}", file=sys.stderr)
+        report_seconds(session)
+        taken = {part: round(spent, 3) for part, spent in session.seconds.items()}
+        facts = {"path": arguments.recording, "coverage": asdict(coverage), "seconds": taken}
+        text = render(windows, form, arguments.times or "segments", facts)
+        if output is not None:
+            publish(text, output)
+    if output is not None:
+        journal_of(output).unlink(missing_ok=True)
         print(output)
     elif print_now is None:
         print(text, end="")
@@ -61,31 +72,15 @@ def write_all(
     session: Any,
     samples: Any,
     arguments: argparse.Namespace,
-    output: Path | None,
+    done: list["Window"],
+    journal: Journal | None,
     print_now: Callable[["Window", Any], None] | None,
 ) -> Iterator["Window"]:
-    """Yields all windows of a recording: those that an earlier run has kept beside `output`, and then the others."""
+    """Yields the windows of a recording after those that are done, each as soon as it is in the journal."""
     from tqdm import tqdm
 
-    from .transcript import Window, read_windows, transcribe
+    from .transcript import read_windows, transcribe
 
-    done: list[Window] = []
-    journal = None
-    if output is not None:
-        started_as = describe_run(session, samples, arguments)
-        kept = read_journal(journal_of(output))
-        if kept and kept[0] != started_as:
-            raise ValueError(
-                f"{journal_of(output)} was begun for another recording, model or option; remove it to begin anew, or "
-                "name another --output."
-            )
-        journal = Journal(journal_of(output))
-        if not kept:
-            journal.append(started_as)
-        done = [Window(**{**row, "words": tuple(Word(*word) for word in row["words"])}) for row in kept[1:]]
-        if done:
-            print(f"goes on at {done[-1].end:.1f} s, from {journal_of(output)}", file=sys.stderr)
-    yield from done
     start = done[-1].end if done else 0.0
     options: dict[str, Any] = {"desc": "transcribing", "unit": " s", "delay": 1, "leave": False, "disable": None}
     total = round(len(samples) / session.processor.feature_extractor.sampling_rate)
@@ -111,7 +106,7 @@ def describe_run(session: Any, samples: Any, arguments: argparse.Namespace) -> d
     from ..recordings_fastlongspeech import fingerprint_weights
 
     return {
-        "format": "fastlongspeech transcript 1",
+        "format": FORMAT,
         "recording": hashlib.blake2b(samples.tobytes(), digest_size=16).hexdigest(),
         "model": fingerprint_weights(session.model),
         "ctc": arguments.ctc,
@@ -123,6 +118,106 @@ def describe_run(session: Any, samples: Any, arguments: argparse.Namespace) -> d
 def journal_of(output: Path) -> Path:
     """Returns the file in which the windows of an unfinished transcript are kept."""
     return Path(f"{output}.unfinished")
+
+
+@contextlib.contextmanager
+def keep_windows(output: Path, started_as: dict[str, Any]) -> Iterator[tuple[Journal, list["Window"]]]:
+    """Yields a journal for the windows of a transcript, and those that an earlier run has kept there.
+
+    Raises:
+        ValueError: another run writes the journal or has finished, or it is not one that this run may go on with.
+    """
+    refuse_existing(output)
+    path = journal_of(output)
+    with locked(path):
+        done = read_windows_kept(path, started_as)
+        with Journal(path) as journal:
+            if not path.stat().st_size:
+                journal.append(started_as)
+            if done:
+                print(f"goes on at {done[-1].end:.1f} s, from {path}", file=sys.stderr)
+            yield journal, done
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other runs from a file, which is made where it is missing.
+
+    Raises:
+        ValueError: another run has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"another run writes {path}; wait for its end, or name another --output.") from error
+            except OSError:  # a file system without locks
+                pass
+        yield
+
+
+def read_windows_kept(path: Path, started_as: dict[str, Any]) -> list["Window"]:
+    """Returns the windows that an earlier run has kept; none in an empty file.
+
+    Raises:
+        ValueError: the file is damaged, no such file, or was begun otherwise than `started_as`.
+    """
+    rows = read_journal(path)
+    if not rows and not path.stat().st_size:
+        return []
+    if not rows or rows[0].get("format") != FORMAT:
+        raise ValueError(f"{path} is no unfinished transcript; rename or remove it, or name another --output.")
+    if rows[0] != started_as:
+        raise ValueError(
+            f"{path} was begun for another recording, model or option; remove it to begin anew, or "
+            "name another --output."
+        )
+    windows: list[Window] = []
+    for row in rows[1:]:
+        try:
+            windows.append(read_window(row, windows[-1].end if windows else 0.0))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged: line {len(windows) + 2} is no window that begins where the last one ended; "
+                "remove the file to begin anew, or name another --output."
+            ) from error
+    return windows
+
+
+def read_window(row: dict[str, Any], start: float) -> "Window":
+    """Returns the window that a line of a journal holds; it must begin at `start` seconds.
+
+    Raises:
+        KeyError, TypeError, ValueError: it holds none, or another one.
+    """
+    from .transcript import Window
+
+    words = tuple(Word(str(text), float(begin), float(end)) for text, begin, end in row["words"])
+    times = float(row["start"]), float(row["end"])
+    if not (abs(times[0] - start) < 0.1 and times[0] < times[1] < math.inf):  # encoders' frames end within 0.1 s
+        raise ValueError(times)
+    return Window(*times, str(row["text"]), words, str(row["by"]), float(row["missed"]))
+
+
+def publish(text: str, output: Path) -> None:
+    """Writes the finished file, whole or not at all.
+
+    Raises:
+        ValueError: there is such a file by now.
+    """
+    writing = Path(f"{output}.writing")
+    writing.write_text(text, encoding="utf-8")
+    try:
+        open(output, "x").close()  # what is replaced below is this empty file, never one that appeared meanwhile
+    except FileExistsError as error:
+        writing.unlink()
+        raise ValueError(
+            f"--output {output} appeared meanwhile; rename it and run the same command again: all windows are kept in "
+            f"{journal_of(output)}."
+        ) from error
+    os.replace(writing, output)
 
 
 def render(windows: list["Window"], form: str, times: str, facts: dict[str, Any]) -> str:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import av
@@ -141,6 +143,76 @@ def test_what_another_run_has_begun_is_not_gone_on_with(clip, recording, checkpo
     assert run(recording, "--ctc", "--model", checkpoint, "--output", output) == 1
     assert f"{unfinished} was begun for another recording, model or option" in capsys.readouterr().err
     assert not output.exists()
+
+
+HEADER = '{"format": "fastlongspeech transcript 1"}'
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("notes of mine", "{} is no unfinished transcript; rename or remove it"),
+        ('{"format": "fastlongspeech tran', "{} is no unfinished transcript; rename or remove it"),
+        ("\n\n", "{} is no unfinished transcript; rename or remove it"),
+        ('{"row": 1}\n', "{} is no unfinished transcript; rename or remove it"),
+        ("notes\nof mine\n", "line 1 of {} is no JSON object; rename or remove the file"),
+        (f"{HEADER}\n" + '{"start": 1}\n', "{} is damaged: line 2 is no window that begins where the last one ended"),
+    ],
+)
+def test_a_file_that_is_no_unfinished_transcript_is_left_as_it_is(content, message, tmp_path):
+    path = tmp_path / "out.txt.unfinished"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"^{re.escape(message.format(path))}.* or name another --output.$"):
+        with transcribe.keep_windows(tmp_path / "out.txt", json.loads(HEADER)):
+            raise AssertionError("it goes on")
+    assert path.read_text(encoding="utf-8") == content
+
+
+def test_kept_windows_follow_one_another(found, tmp_path):
+    output, started_as = tmp_path / "out.txt", json.loads(HEADER)
+    with transcribe.keep_windows(output, started_as) as (journal, done):
+        assert done == []
+        journal.append(asdict(found[0]))
+    with transcribe.keep_windows(output, started_as) as (journal, done):
+        assert done == found[:1]
+        journal.append(asdict(found[1]))
+    with transcribe.keep_windows(output, started_as) as (journal, done):
+        assert done == found
+        journal.append(asdict(found[0]))  # as a second run would
+    with pytest.raises(ValueError, match=r"out\.txt\.unfinished is damaged: line 4 is no window that begins"):
+        with transcribe.keep_windows(output, started_as):
+            raise AssertionError("it goes on")
+
+
+@pytest.mark.skipif(transcribe.fcntl is None, reason="no locks on this system")
+def test_two_runs_do_not_write_one_file(recording, checkpoint, tmp_path, capsys):
+    output = tmp_path / "folder" / "out.txt"
+    with transcribe.keep_windows(output, json.loads(HEADER)):
+        assert run(recording, "--ctc", "--model", checkpoint, "--output", output) == 1
+    message = f"fastlongspeech: another run writes {output}.unfinished; wait for its end, or name another --output.\n"
+    assert capsys.readouterr().err == message
+    assert transcribe.journal_of(output).read_text(encoding="utf-8") == f"{HEADER}\n"
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(recording, checkpoint, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out.txt"
+
+    def render(*arguments, really=transcribe.render):
+        if not output.exists():
+            output.write_text("another's", encoding="utf-8")
+        return really(*arguments)
+
+    monkeypatch.setattr(transcribe, "render", render)
+    command = [recording, "--ctc", "--model", checkpoint, "--output", output]
+    assert run(*command) == 1
+    assert f"--output {output} appeared meanwhile; rename it and run the same" in capsys.readouterr().err
+    assert output.read_text(encoding="utf-8") == "another's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.flac", "out.txt", "out.txt.unfinished"]
+    output.unlink()
+    monkeypatch.undo()
+    monkeypatch.setattr("fastlongspeech.app.transcript.write_window", None)  # all windows are there
+    assert run(*command) == 0 and output.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.flac", "out.txt"]
 
 
 def test_no_file_is_overwritten(recording, checkpoint, capsys):
