@@ -109,6 +109,8 @@ def describe_run(session: Any, samples: Any, arguments: argparse.Namespace) -> d
         "format": FORMAT,
         "recording": hashlib.blake2b(samples.tobytes(), digest_size=16).hexdigest(),
         "model": fingerprint_weights(session.model),
+        "dtype": str(session.model.dtype),
+        "compression": session.model.config.compression,
         "ctc": arguments.ctc,
         "target_length": arguments.target_length or session.model.config.target_length,
         "max_new_tokens": session.max_new_tokens,

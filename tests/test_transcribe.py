@@ -1,5 +1,6 @@
 """The command `transcribe`: formats, times, what it covers, and a run that goes on after it was killed."""
 
+import argparse
 import json
 import os
 import re
@@ -213,6 +214,19 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(recording, checkpoint,
     monkeypatch.setattr("fastlongspeech.app.transcript.write_window", None)  # all windows are there
     assert run(*command) == 0 and output.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.flac", "out.txt"]
+
+
+@pytest.mark.parametrize("change", ["dtype", "compression"])
+def test_a_run_is_described_by_all_that_its_text_depends_on(checkpoint, change):
+    arguments = argparse.Namespace(ctc=False, target_length=None)
+    session = Session(checkpoint)
+    before = transcribe.describe_run(session, speech(1.0), arguments)
+    if change == "dtype":
+        session.model.bfloat16()
+    else:
+        session.model.config.compression = "none"
+    after = transcribe.describe_run(session, speech(1.0), arguments)
+    assert [name for name in before if before[name] != after[name]] == [change]
 
 
 def test_no_file_is_overwritten(recording, checkpoint, capsys):
