@@ -1,7 +1,7 @@
 """The `fastlongspeech` command: ask about recordings, transcribe one, say what that costs, or score a model.
 
     fastlongspeech ask interview.mp3 "Where does Anna live?"
-    fastlongspeech transcribe interview.mp3 --format srt --output interview.srt
+    fastlongspeech transcribe interview.mp3 --output interview.srt
     fastlongspeech cost interview.mp3 --target-length 200
     fastlongspeech evaluate --task qa --data questions.jsonl --model MODEL --output FOLDER
 
@@ -11,6 +11,7 @@ The answer goes to stdout; durations, windows, frames, tokens and seconds to std
 import argparse
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from .commands import disable_loading_bar, print_answer, print_cost
 from .defaults import MAX_NEW_TOKENS, QWEN2_AUDIO
@@ -88,7 +89,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     transcribe_parser = commands.add_parser("transcribe", parents=[shared], help="write down what is said")
     transcribe_parser.add_argument("recording", metavar="RECORDING", help="audio file or URL")
     transcribe_parser.add_argument("--ctc", action="store_true", help="by the CTC decoder, not the language model")
-    transcribe_parser.add_argument("--format", choices=FORMATS, help="default: txt")
+    transcribe_parser.add_argument("--format", choices=FORMATS, help="default: by the ending of --output, or txt")
     transcribe_parser.add_argument("--times", choices=TIMES, help="what has times (default: segments)")
     transcribe_parser.add_argument(
         "--output", metavar="FILE", help="file to write; a run that was stopped goes on where it was"
@@ -119,7 +120,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if arguments.run is print_transcript:
         if arguments.json and arguments.format not in (None, "json"):
             transcribe_parser.error(f"--json and --format {arguments.format} exclude each other.")
-        if arguments.times and not arguments.json and arguments.format in (None, "txt"):
+        wanted, ending = "json" if arguments.json else arguments.format, Path(arguments.output or "").suffix.lower()
+        if ending[1:] in FORMATS and wanted not in (None, ending[1:]):
+            transcribe_parser.error(f"--output {arguments.output} and the format {wanted} differ; change one of them.")
+        arguments.format = wanted or (ending[1:] if ending[1:] in FORMATS else "txt")
+        if arguments.times and arguments.format == "txt":
             transcribe_parser.error("--times has no meaning in plain text; pass --format json, srt or vtt.")
     return arguments
 

@@ -39,7 +39,7 @@ def print_transcript(arguments: argparse.Namespace) -> None:
     output = None if arguments.output is None else Path(arguments.output)
     if output is not None:
         refuse_existing(output)
-    form = "json" if arguments.json else arguments.format or "txt"
+    form = arguments.format
     session = open_session(arguments, progress=False)
     if not session.model.config.ctc_trained and (arguments.ctc or arguments.times == "words"):
         raise ValueError("this model has no trained CTC decoder, which alone knows words and their times.")

@@ -75,7 +75,7 @@ def test_json_has_segments_or_words_and_the_coverage(clip, found, capsys):
 @pytest.mark.parametrize("form", ["srt", "vtt"])
 def test_subtitles_are_read_by_ffmpeg(form, clip, found, tmp_path):
     output = tmp_path / f"clip.{form}"
-    assert run(clip, "--ctc", "--model", DEMO, "--format", form, "--output", output) == 0
+    assert run(clip, "--ctc", "--model", DEMO, "--output", output) == 0
     with av.open(str(output)) as file:
         packets = [packet for packet in file.demux(file.streams.subtitles[0]) if packet.size]
     texts = [bytes(packet).decode().replace("\n", " ") for packet in packets]
@@ -261,8 +261,27 @@ def test_a_window_without_words_is_split_into_segments_that_can_be_read(text):
 
 
 @pytest.mark.parametrize(
+    "options, form",
+    [
+        ([], "txt"),
+        (["--output", "a.txt"], "txt"),
+        (["--output", "a.VTT", "--times", "words"], "vtt"),
+        (["--output", "a.json", "--json"], "json"),
+        (["--output", "a.srt", "--format", "srt"], "srt"),
+        (["--output", "a.notes"], "txt"),
+        (["--output", "a.notes", "--format", "srt"], "srt"),
+        (["--output", "srt"], "txt"),
+    ],
+)
+def test_the_format_is_that_of_the_ending_where_none_is_given(options, form):
+    assert cli.parse_arguments(["transcribe", "a.wav", *options]).format == form
+
+
+@pytest.mark.parametrize(
     "options, message",
     [
+        (["--output", "a.srt", "--format", "vtt"], "--output a.srt and the format vtt differ; change one of them"),
+        (["--output", "a.txt", "--json"], "--output a.txt and the format json differ; change one of them"),
         (["--ctc", "--target-length", 5], "--ctc reads every frame"),
         (["--json", "--format", "srt"], "--json and --format srt exclude each other"),
         (["--times", "words"], "--times has no meaning in plain text"),
