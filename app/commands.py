@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -90,6 +91,21 @@ def refuse_existing(output: Path) -> None:
     """
     if output.exists():
         raise ValueError(f"--output {output} exists already; name another file, or remove it.")
+
+
+def check_recording(recording: str) -> None:
+    """Refuses a recording that is missing or no audio file, before a model is loaded; a URL is fetched once, later.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_recording`; damage beyond a file's beginning is not looked for.
+    """
+    from ..audio_fastlongspeech import load_recording
+    from ..decoding_fastlongspeech import decode_file
+
+    if os.path.isfile(path := os.path.expanduser(recording)):
+        next(decode_file(path, recording), None)
+    elif ":" not in recording:
+        load_recording(recording)  # base64 text, if it is not missing
 
 
 def disable_loading_bar() -> None:

@@ -9,14 +9,15 @@ from pathlib import Path
 import matplotlib  # noqa: F401  # said to be missing before a model is loaded
 
 from .cli import positive
-from .commands import describe, refuse_existing
+from .commands import check_recording, describe, refuse_existing
 
 
 def main(argv: list[str] | None = None) -> None:
     """Draws the recording that the arguments name.
 
     Raises:
-        ValueError: the picture's file exists, or its ending is no kind of picture.
+        FileNotFoundError, ValueError: the picture's file exists, its ending is no kind of picture, or the recording
+            can't be read.
     """
     parser = argparse.ArgumentParser(prog="fastlongspeech show", description="Draw what a model keeps of a recording.")
     parser.add_argument("recording", metavar="RECORDING", help="audio file or URL")
@@ -29,6 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     if output.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--output {output} must end in .png, .svg or .pdf.")
     refuse_existing(output)
+    check_recording(arguments.recording)
+    output.parent.mkdir(parents=True, exist_ok=True)
 
     from .picture import draw
     from .session import Session

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.journal import Journal, read_journal
-from .commands import open_session, refuse_existing, report_seconds
+from .commands import check_recording, open_session, refuse_existing, report_seconds
 from .subtitles import Segment, as_json, as_srt, as_vtt, segments
 from .words import Word, lay_along
 
@@ -39,6 +39,7 @@ def print_transcript(arguments: argparse.Namespace) -> None:
     output = None if arguments.output is None else Path(arguments.output)
     if output is not None:
         refuse_existing(output)
+    check_recording(arguments.recording)
     form = arguments.format
     session = open_session(arguments, progress=False)
     if not session.model.config.ctc_trained and (arguments.ctc or arguments.times == "words"):

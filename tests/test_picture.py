@@ -63,7 +63,7 @@ def test_loudness_is_that_of_the_loudest_sample():
 
 
 def test_the_command_draws_a_file(checkpoint, wav, tmp_path, capsys):
-    output = tmp_path / "picture.png"
+    output = tmp_path / "a new folder" / "picture.png"
     command = ["show", str(wav), "--model", str(checkpoint), "--target-length", "12", "-o"]
     assert cli.main([*command, str(output)]) == 0
     assert "1.5 s, 1 window, 37 frames -> 12 tokens" in capsys.readouterr().err
@@ -73,6 +73,15 @@ def test_the_command_draws_a_file(checkpoint, wav, tmp_path, capsys):
     assert "picture.png exists already" in capsys.readouterr().err
     assert cli.main([*command, str(tmp_path / "picture.doc")]) == 1
     assert "must end in .png, .svg or .pdf" in capsys.readouterr().err
+
+
+def test_a_recording_that_cannot_be_read_is_refused_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastlongspeech.app.session.Session", None)
+    (tmp_path / "notes.wav").write_text("no audio")
+    for name, message in (("notes.wav", "audio cannot be read"), ("none.wav", "audio file not found")):
+        assert cli.main(["show", str(tmp_path / name), "-o", str(tmp_path / "folder" / "picture.png")]) == 1
+        assert f"fastlongspeech: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "folder").exists()
 
 
 def test_dark_pictures_are_light_on_dark(session, heard):

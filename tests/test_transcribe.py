@@ -146,6 +146,14 @@ def test_what_another_run_has_begun_is_not_gone_on_with(clip, recording, checkpo
     assert not output.exists()
 
 
+def test_a_recording_that_cannot_be_read_is_refused_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(transcribe, "open_session", None)
+    (tmp_path / "notes.wav").write_text("no audio")
+    for name, message in (("notes.wav", "audio cannot be read"), ("none.wav", "audio file not found")):
+        assert run(tmp_path / name) == 1
+        assert f"fastlongspeech: {message}" in capsys.readouterr().err
+
+
 HEADER = '{"format": "fastlongspeech transcript 1"}'
 
 
