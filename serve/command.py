@@ -13,6 +13,7 @@ from typing import Any
 
 import python_multipart  # noqa: F401  # without it uploads would fail when the first one comes
 import uvicorn
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from transformers.cli.serving import server
@@ -92,12 +93,17 @@ def build(
     app = server.build_server(manager, generation_state=state, **handlers)
     app.add_middleware(Door, max_bytes=max_bytes)
     app.add_exception_handler(HTTPException, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_malformed)
     app.state.model = manager.served[0].inner
     return app
 
 
 def _answer_error(request: Any, error: Any) -> JSONResponse:
     return JSONResponse(error_body(error.status_code, error.detail), error.status_code)
+
+
+def _answer_malformed(request: Any, error: Any) -> JSONResponse:
+    return JSONResponse(error_body(400, f"the request must be a JSON object: {error.errors()[0]['msg']}."), 400)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,16 @@ class Visit:
 VISIT: ContextVar[Visit] = ContextVar("VISIT")
 
 
+class Around:
+    """What has all of `inner`, but for the methods of the class."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
 class HungUp(Exception):
     """The client is gone; nobody waits for this answer."""
 
@@ -102,4 +112,4 @@ class Door:
         await send({"type": "http.response.body", "body": body})
 
 
-__all__ = ["VISIT", "Door", "HungUp", "Visit", "error_body"]
+__all__ = ["VISIT", "Around", "Door", "HungUp", "Visit", "error_body"]

@@ -14,6 +14,7 @@ from ..app.words import Word, ctc_words
 from .door import VISIT, HungUp
 from .model import NAMED, Manager, check_name
 from .recordings import Recording
+from .wishes import StoppingManager, check_wishes
 
 AUDIO_TYPES = ("input_audio", "audio_url")
 FORMATS = ("json", "text", "verbose_json", "srt", "vtt")
@@ -32,20 +33,27 @@ class ChatHandler(ChatCompletionHandler):
             HTTPException: 404 for another model, 400 for what can't be read or makes no sense.
         """
         check_name(self.model_manager, body.get("model", self.model_manager.force_model))
-        options = dict(body.get("chat_template_kwargs") or {})
-        if "target_length" in body:
-            options["target_length"] = body.pop("target_length")
-        length = options.get("target_length", 1)
-        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-            raise HTTPException(400, f"target_length must be a positive integer, got {length!r}.")
-        body["chat_template_kwargs"] = options
         try:
+            check_wishes(body)
             body["messages"] = await asyncio.to_thread(self._read, body.get("messages"))
             return await super().handle_request(body, request_id)
         except HungUp:
             return Response(status_code=499)  # nobody reads it
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
+
+    def _streaming(self, *args: Any, gen_manager: Any, **kwargs: Any) -> Any:
+        return super()._streaming(*args, gen_manager=StoppingManager(gen_manager), **kwargs)  # type: ignore[arg-type]
+
+    async def _non_streaming(self, *args: Any, gen_manager: Any, **kwargs: Any) -> Any:
+        manager: Any = StoppingManager(gen_manager)
+        return await super()._non_streaming(*args, gen_manager=manager, **kwargs)
+
+    def _build_generation_config(self, body: dict, *args: Any, **kwargs: Any) -> Any:
+        config = super()._build_generation_config(body, *args, **kwargs)
+        if body.get("temperature", "top_p" in body):  # else they would do nothing for a model that is greedy by itself
+            config.do_sample = True
+        return config
 
     def _read(self, messages: Any) -> list[dict[str, Any]]:
         """Returns a chat in which every recording is read and has a name of its visit."""
@@ -54,9 +62,11 @@ class ChatHandler(ChatCompletionHandler):
         visit, recordings = VISIT.get(), self.model_manager.recordings
         read = []
         for message in messages:
-            if not isinstance(message, dict) or "role" not in message:
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise ValueError("a message must have a role and a content.")
             content = message.get("content")
+            if not isinstance(content, str | list) or content == []:
+                raise ValueError(f"the content of a message must be a text or a list of parts, got {content!r}.")
             if isinstance(content, list):
                 parts = []
                 for part in content:
@@ -68,6 +78,8 @@ class ChatHandler(ChatCompletionHandler):
                         part = {"type": "audio_url", "audio_url": {"url": name}}
                     elif kind != "text":
                         raise ValueError(f"a part of a message must be text, input_audio or audio_url, got {kind!r}.")
+                    elif not isinstance(part.get("text"), str):
+                        raise ValueError(f"a part of the type 'text' must hold a text, got {part.get('text')!r}.")
                     parts.append(part)
                 message = {**message, "content": parts}
             read.append(message)
@@ -88,7 +100,7 @@ class TranscriptHandler(TranscriptionHandler):
         async with request.form() as form:
             file, name = form.get("file"), form.get("model")
             options = {key: value for key, value in form.multi_items() if key not in ("file", "model")}
-            granularities = form.getlist("timestamp_granularities[]") or ["segment"]
+            granularities = [str(one) for one in form.getlist("timestamp_granularities[]")]
             content = b"" if file is None or isinstance(file, str) else await file.read()
         check_name(self.model_manager, name)
         shape = str(options.get("response_format", "json"))
@@ -96,10 +108,16 @@ class TranscriptHandler(TranscriptionHandler):
             raise HTTPException(400, f"response_format must be one of {', '.join(FORMATS)}, got {shape!r}.")
         if unknown := sorted(set(options) - FIELDS):
             raise HTTPException(400, f"{', '.join(unknown)} can't be taken into account here; leave it out.")
+        if unknown := sorted(set(granularities) - {"word", "segment"}):
+            raise HTTPException(400, f"timestamp_granularities may be word and segment, got {', '.join(unknown)}.")
+        if granularities and shape != "verbose_json":
+            raise HTTPException(400, "timestamp_granularities need response_format=verbose_json.")
         if str(options.get("temperature", "0")) not in ("0", "0.0"):
             raise HTTPException(400, "temperature must be 0: the CTC decoder writes what it hears.")
-        if not content:
+        if file is None or isinstance(file, str):
             raise HTTPException(400, "file must be a recording that is uploaded.")
+        if not content:
+            raise HTTPException(400, "file is empty; upload a recording that holds samples.")
         model, processor = self.model_manager.served
         recordings, visit = self.model_manager.recordings, VISIT.get()
 
@@ -117,7 +135,7 @@ class TranscriptHandler(TranscriptionHandler):
             return Response(status_code=499)  # nobody reads it
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
-        return _written(words, recording.seconds, shape, [str(one) for one in granularities])
+        return _written(words, recording.seconds, shape, granularities or ["segment"])
 
 
 def _written(words: list[Word], seconds: float, shape: str, granularities: list[str]) -> Response:

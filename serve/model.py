@@ -12,23 +12,13 @@ from transformers.cli.serving.utils import Modality
 
 from ..app.loading import load_model
 from ..recordings_fastlongspeech import EncodedRecordings
-from .door import VISIT, HungUp, Visit
+from .door import VISIT, Around, HungUp, Visit
 from .recordings import Recordings
 
 # What handlers, and clients through them, may set of a prompt. `processor_kwargs`, for one, would let them name files.
 PROMPT_OPTIONS = {"add_generation_prompt", "tools", "return_tensors", "return_dict", "tokenize"}
 PROMPT_OPTIONS |= {"load_audio_from_video", "target_length"}
 NAMED = "recording:"  # how a chat names a recording of its visit, once that is read
-
-
-class Around:
-    """What has all of `inner`, but for the methods of the class."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
 
 
 class HearingProcessor(Around):
@@ -45,6 +35,10 @@ class HearingProcessor(Around):
         asked, plain = [], []
         for message in conversation:
             parts = message["content"]
+            if any(self.inner.audio_token in text for text in _texts(parts)):
+                raise HTTPException(
+                    400, f"a text must not hold {self.inner.audio_token}, which stands for a recording."
+                )
             for part in parts if isinstance(parts, list) else []:
                 if part.get("type") == "audio":
                     name = str(part.get("url"))
@@ -114,9 +108,9 @@ class Manager(ModelManager):
         check_name(self, model_id_and_revision)
         return self.served
 
-    @staticmethod
-    def process_model_name(model_id: str) -> str:
-        """Returns the name as it is; the served model has one revision, the one that was loaded."""
+    def process_model_name(self, model_id: str) -> str:  # type: ignore[override]
+        """Returns the name as it is; the served model has one revision, the one that was loaded. Others are a 404."""
+        check_name(self, model_id)
         return model_id
 
     @staticmethod
@@ -132,6 +126,10 @@ def check_name(manager: Manager, name: Any) -> None:
     """Answers 404 unless a request asks for the served model."""
     if name != manager.force_model:
         raise HTTPException(404, f"the model {name!r} is not served here; ask for {manager.force_model!r}.")
+
+
+def _texts(content: Any) -> list[str]:
+    return [content] if isinstance(content, str) else [part.get("text") or "" for part in content or []]
 
 
 def _bare(part: dict[str, Any]) -> dict[str, Any]:

@@ -136,7 +136,9 @@ class Recordings:
             )
         scheme = urlsplit(given[:200]).scheme.lower()
         if scheme == "data":
-            kind, _, content = given.partition(",")
+            kind, comma, content = given.partition(",")
+            if not comma:
+                raise ValueError("audio cannot be read: a data URL must have a comma before its content.")
             return _from_base64(content) if kind.lower().endswith(";base64") else unquote_to_bytes(content)
         if part["type"] == "input_audio":
             return _from_base64(given)
@@ -158,8 +160,12 @@ class Recordings:
                 "files of the server are not read for clients; send the recording itself, or start the server with "
                 "--allow-folder."
             )
-        path = (self.folder / path).resolve()  # links are followed first, so that none leads out
-        if not path.is_relative_to(self.folder) or not path.is_file():
+        try:
+            path = (self.folder / path).resolve()  # links are followed first, so that none leads out
+            found = path.is_relative_to(self.folder) and path.is_file()
+        except OSError:  # a name that is too long
+            found = False
+        if not found:
             raise ValueError(f"the folder that clients may read holds no such recording: {given[:200]}.")
         return path.read_bytes()
 

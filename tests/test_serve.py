@@ -1,6 +1,7 @@
 """`fastlongspeech serve` on loopback, asked by OpenAI's own client. What the demo model should answer comes from the
 model itself, called without any server."""
 
+import asyncio
 import base64
 import functools
 import io
@@ -23,6 +24,7 @@ import uvicorn
 from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor, load_recording
 from fastlongspeech.serve.command import build
 from fastlongspeech.serve.recordings import Recordings
+from fastlongspeech.serve.wishes import StoppingQueue
 
 ROOT = Path(__file__).parents[1]
 MODEL = str(ROOT / "checkpoints" / "fastlongspeech-demo")
@@ -143,7 +145,46 @@ def test_an_answer_comes_piece_by_piece(client: Client) -> None:
 
 
 def test_a_stop_string_ends_the_answer(client: Client) -> None:
-    assert text_of(ask(client, turn(heard(DEMO), ARRIVAL), stop=["day"])) == "on tuesday"
+    assert text_of(ask(client, turn(heard(DEMO), ARRIVAL), stop=["day"])) == "on tues"
+
+
+@pytest.mark.parametrize("stop", [["y at", "ten"], "sday", "x", []])
+def test_a_stop_string_is_no_part_of_the_answer(client: Client, stop: Any) -> None:
+    stops = [stop] if isinstance(stop, str) else stop
+    expected = re.split("|".join(stops), "on tuesday at ten")[0] if stops else "on tuesday at ten"
+    assert text_of(ask(client, turn(heard(DEMO), ARRIVAL), stop=stop)) == expected
+    stream = ask(client, turn(heard(DEMO), ARRIVAL), stop=stop, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected
+
+
+def test_what_may_begin_a_stop_string_is_held_back() -> None:
+    pieces: asyncio.Queue = asyncio.Queue()
+    for piece in ("a b", "b", " c<", "e", "nd>x", "y", None):
+        pieces.put_nowait(piece)
+    queue = StoppingQueue(pieces, ["<end>", "bbb"])
+    got = iter(queue.get_nowait, None)
+    assert list(got) == ["a ", "", "bb c", "", "", "", ""]
+
+
+def test_a_temperature_samples(client: Client, app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    generate = app.state.model.generate
+
+    def note(**inputs: Any) -> Any:
+        seen.append(bool(inputs["generation_config"].do_sample))
+        return generate(**inputs)
+
+    monkeypatch.setattr(app.state.model, "generate", note)
+    wishes: list[dict[str, Any]] = [
+        {"temperature": 1.5},
+        {"temperature": 0},
+        {"temperature": openai.omit},
+        {"temperature": openai.omit, "top_p": 0.9},
+        {"temperature": 0, "top_p": 0.9},
+    ]
+    for wish in wishes:
+        ask(client, turn(heard(DEMO), ARRIVAL), tokens=1, **wish)
+    assert seen == [True, False, False, True, False]
 
 
 def test_the_length_is_one_of_the_request(client: Client, direct: Callable[..., str]) -> None:
@@ -193,6 +234,12 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("a system file", turn(named("file:///etc/passwd"), "What?"), "the folder that clients may read holds no"),
     ("a URL that is not there", turn(named("http://127.0.0.1:9/x.wav"), "What?"), "audio cannot be fetched from"),
     ("a picture", turn({"type": "image_url", "image_url": {"url": "x"}}, "What?"), "must be text, input_audio or"),
+    ("no comma", turn(named("data:audio/wav;base64"), "What?"), "must have a comma"),
+    ("a long name", turn(named("x" * 5000), "What?"), "the folder that clients may read holds no"),
+    ("a number", {"role": "user", "content": 3}, "the content of a message must be a text or a list"),
+    ("no content", {"role": "user"}, "the content of a message must be a text or a list"),
+    ("a part without text", turn({"type": "text"}), "must hold a text"),
+    ("a placeholder", turn(heard(DEMO), "<|AUDIO|>"), "a text must not hold <.AUDIO.>"),
     ("no messages", None, "messages must be a list with a turn or more"),
 ]
 
@@ -204,10 +251,52 @@ def test_what_can_not_be_read_is_a_bad_request(client: Client, what: str, messag
     assert error.value.status_code == 400
 
 
-@pytest.mark.parametrize("length", [0, -3, 2.5, "many", True])
+@pytest.mark.parametrize("length", [0, -3, 2.5, "many", True, 10**30])
 def test_a_length_that_makes_no_sense(client: Client, length: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="target_length must be a positive integer"):
         ask(client, turn(heard(DEMO), ARRIVAL), extra_body={"target_length": length})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("n", 2, "n can't be taken into account"),
+        ("response_format", {"type": "json_object"}, "response_format can't be taken into account"),
+        ("logprobs", True, "logprobs can't be taken into account"),
+        ("top_logprobs", 3, "top_logprobs can't be taken into account"),
+        ("tools", [{"type": "function"}], "tools can't be taken into account"),
+        ("stop", "", "none of them empty"),
+        ("stop", 3, "stop must be a text or a list"),
+        ("temperature", -1, "temperature must be a number from 0 to 2"),
+        ("temperature", "warm", "temperature must be a number from 0 to 2"),
+        ("top_p", 0, "top_p must be above 0"),
+        ("top_p", 1.5, "top_p must be a number from 0 to 1"),
+        ("max_tokens", 0, "max_tokens must be a positive integer"),
+        ("chat_template_kwargs", "x", "chat_template_kwargs must be an object"),
+    ],
+)
+def test_a_wish_of_which_nothing_would_come(
+    client: Client, field: str, value: Any, sentence: str, stream: bool
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=sentence):
+        ask(client, turn("Hello"), extra_body={field: value}, stream=stream)
+
+
+def test_wishes_for_nothing_do_no_harm(client: Client) -> None:
+    wishes = {"n": 1, "response_format": {"type": "text"}, "logprobs": False, "tools": None, "stop": None, "user": "x"}
+    assert ask(client, turn(heard(DEMO), ARRIVAL), tokens=2, extra_body=wishes).choices
+
+
+def test_a_request_that_is_no_json(client: Client) -> None:
+    answer = httpx.post(f"{client.base_url}chat/completions", content=b"{", trust_env=False)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("the request must be a JSON object")
+
+
+def test_another_model_is_not_loaded(client: Client) -> None:
+    answer = httpx.post(str(client.base_url.join("/load_model")), json={"model": "gpt-4o"}, trust_env=False)
+    assert answer.status_code == 404 and "is not served here" in answer.json()["error"]["message"]
 
 
 def test_another_model_is_not_found(client: Client) -> None:
@@ -394,6 +483,11 @@ def test_ten_minutes_are_transcribed_whole(client: Client, ten_minutes: Path) ->
         ({"language": "en"}, "language can't be taken into account here"),
         ({"prompt": "names"}, "prompt can't be taken into account here"),
         ({"temperature": 0.7}, "temperature must be 0"),
+        (
+            {"response_format": "verbose_json", "timestamp_granularities": ["letter"]},
+            "timestamp_granularities may be word and segment, got letter",
+        ),
+        ({"timestamp_granularities": ["word"]}, "timestamp_granularities need response_format=verbose_json"),
     ],
 )
 def test_what_a_transcript_can_not_be(client: Client, clip: Path, options: dict[str, Any], sentence: str) -> None:
@@ -404,3 +498,5 @@ def test_what_a_transcript_can_not_be(client: Client, clip: Path, options: dict[
 def test_a_file_that_is_no_recording(client: Client) -> None:
     with pytest.raises(openai.BadRequestError, match="audio"):
         client.audio.transcriptions.create(model=MODEL, file=("notes.wav", b"these are no samples" * 50))
+    with pytest.raises(openai.BadRequestError, match="file is empty"):
+        client.audio.transcriptions.create(model=MODEL, file=("notes.wav", b""))
