@@ -42,12 +42,11 @@ class ChatHandler(ChatCompletionHandler):
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
 
-    def _streaming(self, *args: Any, gen_manager: Any, **kwargs: Any) -> Any:
-        return super()._streaming(*args, gen_manager=StoppingManager(gen_manager), **kwargs)  # type: ignore[arg-type]
+    def _streaming(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._streaming(*args, **_until_stop(kwargs))
 
-    async def _non_streaming(self, *args: Any, gen_manager: Any, **kwargs: Any) -> Any:
-        manager: Any = StoppingManager(gen_manager)
-        return await super()._non_streaming(*args, gen_manager=manager, **kwargs)
+    async def _non_streaming(self, *args: Any, **kwargs: Any) -> Any:
+        return await super()._non_streaming(*args, **_until_stop(kwargs))
 
     def _build_generation_config(self, body: dict, *args: Any, **kwargs: Any) -> Any:
         config = super()._build_generation_config(body, *args, **kwargs)
@@ -84,6 +83,10 @@ class ChatHandler(ChatCompletionHandler):
                 message = {**message, "content": parts}
             read.append(message)
         return read
+
+
+def _until_stop(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**kwargs, "gen_manager": StoppingManager(kwargs["gen_manager"])}
 
 
 class TranscriptHandler(TranscriptionHandler):
