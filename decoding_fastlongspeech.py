@@ -134,7 +134,7 @@ def _container(file: Any, name: str) -> Any:
     except av.FFmpegError as error:
         raise ValueError(
             f"audio cannot be read: {name} is cut off, damaged or of no format with a header that FFmpeg knows "
-            f"({error.strerror}); record or fetch it again, or pass raw samples as an array with their sampling_rate."
+            f"({error.strerror}); record or fetch it again."
         ) from error
 
 

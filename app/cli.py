@@ -134,3 +134,15 @@ def positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"it must be a positive integer, got {text}.")
     return int(text)
+
+
+def not_negative(text: str) -> int:
+    """Returns the integer that an argument holds; below 0 it is refused."""
+    return 0 if text == "0" else positive(text)
+
+
+def port(text: str) -> int:
+    """Returns the port that an argument names; one that can't be listened at is refused."""
+    if positive(text) >= 2**16:
+        raise argparse.ArgumentTypeError(f"a port is at most 65535, got {text}.")
+    return int(text)

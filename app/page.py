@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 import gradio as gr
 
-from .cli import positive
+from .cli import port
 from .cost import ModelCost
 from .picture import LIGHT, draw
 from .session import Answer, Heard, Session
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     """Serves the page on this machine until Ctrl-C."""
     parser = argparse.ArgumentParser(prog="fastlongspeech page", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder or Hub id (default: the demo model of a checkout)")
-    parser.add_argument("--port", type=positive, default=7860)
+    parser.add_argument("--port", type=port, default=7860)
     arguments = parser.parse_args(argv)
     launch(build(Session(arguments.model, progress=True)), server_port=arguments.port)
 

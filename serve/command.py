@@ -21,6 +21,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import GenerationState
 
+from ..app.cli import not_negative, port, positive
 from ..app.defaults import find_model
 from .door import Door, error_body
 from .handlers import ChatHandler, TranscriptHandler
@@ -36,12 +37,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model", nargs="?", metavar="MODEL", help="folder or Hub id (default: a checkout's demo model)"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000, help="(default: 8000)")
+    parser.add_argument("--port", type=port, default=8000, help="(default: 8000)")
     parser.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: an NVIDIA or AMD GPU if there is one)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument("--max-upload", type=int, default=256, metavar="MB", help="largest request (default: 256)")
     parser.add_argument(
-        "--keep", type=int, default=2048, metavar="MB", help="room for encoded recordings (default: 2048; 0: none)"
+        "--max-upload", type=positive, default=256, metavar="MB", help="largest request (default: 256)"
+    )
+    parser.add_argument(
+        "--keep",
+        type=not_negative,
+        default=2048,
+        metavar="MB",
+        help="room for encoded recordings (default: 2048; 0: none)",
     )
     parser.add_argument("--allow-folder", type=Path, metavar="FOLDER", help="whose files clients may name")
     arguments = parser.parse_args(argv)
@@ -56,8 +63,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         keep_bytes=arguments.keep * MEGABYTE,
         folder=arguments.allow_folder,
     )
-    print(f"serves {name} at http://{arguments.host}:{arguments.port}/v1", flush=True)
-    uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning")
+    config = uvicorn.Config(app, host=arguments.host, port=arguments.port, log_level="warning")
+    Server(config, f"serves {name} at http://{arguments.host}:{arguments.port}/v1").run()
+
+
+class Server(uvicorn.Server):
+    """A server that says where it is once it listens there.
+
+    Args:
+        config: what it serves, and where.
+        said: what it prints.
+    """
+
+    def __init__(self, config: uvicorn.Config, said: str) -> None:
+        super().__init__(config)
+        self.said = said
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            print(self.said, flush=True)
 
 
 def build(

@@ -12,9 +12,9 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 from ..app.subtitles import Segment, as_srt, as_vtt, segments
 from ..app.words import Word, ctc_words
 from .door import VISIT, HungUp
+from .fields import StoppingManager, check_fields
 from .model import NAMED, Manager, check_name
 from .recordings import Recording
-from .wishes import StoppingManager, check_wishes
 
 AUDIO_TYPES = ("input_audio", "audio_url")
 FORMATS = ("json", "text", "verbose_json", "srt", "vtt")
@@ -34,7 +34,7 @@ class ChatHandler(ChatCompletionHandler):
         """
         check_name(self.model_manager, body.get("model", self.model_manager.force_model))
         try:
-            check_wishes(body)
+            check_fields(body)
             body["messages"] = await asyncio.to_thread(self._read, body.get("messages"))
             return await super().handle_request(body, request_id)
         except HungUp:

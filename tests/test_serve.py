@@ -23,8 +23,8 @@ import uvicorn
 
 from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor, load_recording
 from fastlongspeech.serve.command import build
+from fastlongspeech.serve.fields import StoppingQueue
 from fastlongspeech.serve.recordings import Recordings
-from fastlongspeech.serve.wishes import StoppingQueue
 
 ROOT = Path(__file__).parents[1]
 MODEL = str(ROOT / "checkpoints" / "fastlongspeech-demo")
@@ -175,15 +175,15 @@ def test_a_temperature_samples(client: Client, app: Any, monkeypatch: pytest.Mon
         return generate(**inputs)
 
     monkeypatch.setattr(app.state.model, "generate", note)
-    wishes: list[dict[str, Any]] = [
+    sampling: list[dict[str, Any]] = [
         {"temperature": 1.5},
         {"temperature": 0},
         {"temperature": openai.omit},
         {"temperature": openai.omit, "top_p": 0.9},
         {"temperature": 0, "top_p": 0.9},
     ]
-    for wish in wishes:
-        ask(client, turn(heard(DEMO), ARRIVAL), tokens=1, **wish)
+    for fields in sampling:
+        ask(client, turn(heard(DEMO), ARRIVAL), tokens=1, **fields)
     assert seen == [True, False, False, True, False]
 
 
@@ -283,9 +283,9 @@ def test_a_wish_of_which_nothing_would_come(
         ask(client, turn("Hello"), extra_body={field: value}, stream=stream)
 
 
-def test_wishes_for_nothing_do_no_harm(client: Client) -> None:
-    wishes = {"n": 1, "response_format": {"type": "text"}, "logprobs": False, "tools": None, "stop": None, "user": "x"}
-    assert ask(client, turn(heard(DEMO), ARRIVAL), tokens=2, extra_body=wishes).choices
+def test_fields_that_ask_for_nothing_do_no_harm(client: Client) -> None:
+    fields = {"n": 1, "response_format": {"type": "text"}, "logprobs": False, "tools": None, "stop": None, "user": "x"}
+    assert ask(client, turn(heard(DEMO), ARRIVAL), tokens=2, extra_body=fields).choices
 
 
 def test_a_request_that_is_no_json(client: Client) -> None:

@@ -1,5 +1,4 @@
-"""What clients may wish for in a chat, beside its messages: wrong values, and wishes of which nothing would come, are
-refused before any work."""
+"""The fields of a chat beside its messages: wrong values, and fields of which nothing would come, are refused."""
 
 import asyncio
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ FORGOTTEN: dict[str, tuple[Any, ...]] = {
 }
 
 
-def check_wishes(body: dict[str, Any]) -> None:
+def check_fields(body: dict[str, Any]) -> None:
     """Checks the fields of a chat, and writes `target_length` and `stop` in one form; null fields are dropped.
 
     Raises:
@@ -131,4 +130,4 @@ class StoppingQueue:
         return sure[: len(sure) - kept]
 
 
-__all__ = ["StoppingManager", "check_wishes"]
+__all__ = ["StoppingManager", "check_fields"]
