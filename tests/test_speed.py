@@ -15,6 +15,7 @@ from fastlongspeech.speed.common import Benchmark, PeakMemory, figure, keep_free
 QUICK = [fusion, encoder, prefill, frontend, recording, trials, flops]
 
 
+@pytest.mark.slow
 def test_every_benchmark_runs_and_the_page_holds_its_table(tmp_path, capsys):
     results = tmp_path / "results"
     tables = []

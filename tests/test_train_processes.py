@@ -63,7 +63,7 @@ def compare(configuration: str, stages: list[str], checkpoint: Path, data: Path,
         torch.testing.assert_close(again, two, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("configuration", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("configuration", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_two_processes_learn_what_one_does_in_every_stage(configuration, checkpoint, data, tmp_path):
     compare(configuration, ["ctc", "align", "dct"], checkpoint, data, tmp_path)
 
