@@ -50,6 +50,21 @@ def refuse_other(noted: dict[str, Any], wanted: dict[str, Any], output: str | Pa
         raise ValueError(f"--output {output} holds results with {'; '.join(changed)}; name another one.")
 
 
+def begin_journal(path: str | Path, settings: dict[str, Any], output: str | Path) -> list[dict[str, Any]]:
+    """Returns the results in a journal whose first line is what they depend on; begins one that is not there.
+
+    Raises:
+        ValueError: the results in it depend on something else, see `refuse_other`.
+    """
+    rows = read_journal(path)
+    if rows:
+        refuse_other(rows[0], settings, output)
+    else:
+        with Journal(path) as journal:
+            journal.append(settings)
+    return rows[1:]
+
+
 class Journal:
     """Appends objects to a file and flushes each at once. The rest of a line that was cut short is removed first.
 

@@ -24,7 +24,7 @@ from ..app.markdown import insert_blocks, table
 from ..app.places import find_place
 from ..app.session import Heard, Session
 from ..app.words import ctc_words
-from ..evaluation.journal import Journal, read_journal, refuse_other
+from ..evaluation.journal import Journal, begin_journal
 from ..evaluation.scoring import token_f1
 from ..prompts_fastlongspeech import embed_prompts
 from .corpus import HUMAN_QUESTIONS
@@ -98,14 +98,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     answers, ways = sorted(arguments.answers), [way for way in WAYS if way in arguments.ways]
     begun = {"model": arguments.model, "dtype": arguments.dtype, "ways": ways, "answers": answers}
-    kept = read_journal(arguments.output) if arguments.output else []
-    if kept:
-        refuse_other(kept[0], begun, arguments.output)
-    rows = kept[1:]
+    rows = begin_journal(arguments.output, begun, arguments.output) if arguments.output else []
     done = {(row["recording"], row["question"], row["answer_of"]) for row in rows}
     journal = Journal(arguments.output) if arguments.output else None
-    if journal and not kept:
-        journal.append(begun)
     session = Session(arguments.model, dtype=arguments.dtype, max_new_tokens=40)
     attends = any(way.startswith("attention") for way in ways)
     if attends:

@@ -27,7 +27,7 @@ from .. import load_recording
 from ..app.loading import find_device, load_model
 from ..app.markdown import insert_blocks, table
 from ..evaluation.answering import Answerer
-from ..evaluation.journal import Journal, read_journal, refuse_other
+from ..evaluation.journal import Journal, begin_journal
 from ..evaluation.scoring import mean_with_interval, token_f1, whisper_normalizer, word_errors
 from ..speed.common import describe_machine
 from .evaluate import PROMPT, SETS, read_rows
@@ -216,17 +216,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {name: machine[name] for name in ("device", "threads", "dtype", "torch", "transformers")}
     settings |= {name: getattr(arguments, name) for name in ("model", "whisper", "repeats", "limit")}
     path = arguments.output / "results.jsonl"
-    results = read_journal(path)
-    if results:
-        refuse_other(results[0], settings, arguments.output)
+    results = begin_journal(path, settings, arguments.output)
     with Journal(path) as journal:
 
         def note(row: dict[str, Any]) -> None:
             results.append(row)
             journal.append(row)
 
-        if not results:
-            note(settings)
         rivals: dict[str, Callable[[str], str]] = {name: Whisper(arguments.whisper, device, name) for name in TYPES}
         found = ways(*load_model(arguments.model, device, arguments.dtype), rivals)
         waiting = set(arguments.seconds) - {row.get("seconds") for row in results}
@@ -235,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         done = {row.get("recording") for row in results}
         for row in score(found, arguments.corpus, arguments.speech, arguments.limit, done):
             note(row)
-    text = report(settings, results[1:])
+    text = report(settings, results)
     print(text)
     if arguments.page:
         page = arguments.page.read_text(encoding="utf-8") if arguments.page.exists() else HEAD
