@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ..app.defaults import MAX_NEW_TOKENS, find_model
 from ..app.hosts import find_host
 from ..app.loading import find_device, load_model
+from ..app.session import Answer
 from ..compression_fastlongspeech import COMPRESSIONS
 from ..data.tasks import TASKS, Example, QuestionSet, load_questions
 from ..recordings_fastlongspeech import EncodedRecordings
@@ -200,12 +201,7 @@ def predict(
             tqdm(desc="answering", total=total, unit="question", disable=not state.is_main_process) as bar,
         ):
             for batch in batches:
-                answers = answerer.answer(
-                    [example.question for example in batch],
-                    [example.recording for example in batch],
-                    [benchmark.audio(example) for example in batch],
-                    [example.passage for example in batch],
-                )
+                answers = answer_examples(answerer, benchmark, batch)
                 for example, (text, ended) in zip(batch, answers, strict=True):
                     journal.append(_described(example) | {"prediction": text, "ended": ended})
                 bar.update(len(batch))
@@ -236,6 +232,16 @@ def score(arguments: argparse.Namespace, benchmark: QuestionSet, chat: Chat | No
     text = json.dumps(summarize(rows, benchmark) | settings, indent=1, ensure_ascii=False)
     (arguments.output / SUMMARY).write_text(text + "\n", encoding="utf-8")
     return text
+
+
+def answer_examples(answerer: Answerer, benchmark: QuestionSet, batch: Sequence[Example]) -> list[Answer]:
+    """Returns the answers to examples of a benchmark, in one batch."""
+    return answerer.answer(
+        [example.question for example in batch],
+        [example.recording for example in batch],
+        [benchmark.audio(example) for example in batch],
+        [example.passage for example in batch],
+    )
 
 
 def make_batches(examples: Sequence[Example], size: int) -> list[list[Example]]:

@@ -24,7 +24,7 @@ from ..app.markdown import insert_blocks, table
 from ..data.tasks import Example, QuestionSet, load_questions
 from ..evaluation.answering import Answerer
 from ..evaluation.journal import Journal, read_journal, refuse_other
-from ..evaluation.run import make_batches
+from ..evaluation.run import answer_examples, make_batches
 from ..evaluation.scoring import token_f1, whisper_normalizer, word_errors
 from ..recordings_fastlongspeech import EncodedRecordings
 
@@ -73,11 +73,7 @@ def answers(answerer: Answerer, asked: QuestionSet, batch_size: int) -> Iterator
     """Yields every example with the answer to it."""
     with tqdm(total=len(asked.examples), desc=answerer.method, unit="question", leave=False, disable=None) as bar:
         for batch in make_batches(asked.examples, batch_size):
-            found = answerer.answer(
-                [example.question for example in batch],
-                [example.recording for example in batch],
-                [asked.audio(example) for example in batch],
-            )
+            found = answer_examples(answerer, asked, batch)
             yield from zip(batch, (answer.text for answer in found), strict=True)
             bar.update(len(batch))
 
