@@ -120,10 +120,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if arguments.run is print_transcript:
         if arguments.json and arguments.format not in (None, "json"):
             transcribe_parser.error(f"--json and --format {arguments.format} exclude each other.")
-        wanted, ending = "json" if arguments.json else arguments.format, Path(arguments.output or "").suffix.lower()
-        if ending[1:] in FORMATS and wanted not in (None, ending[1:]):
+        wanted = "json" if arguments.json else arguments.format
+        ending = Path(arguments.output or "").suffix.lower().removeprefix(".")
+        if ending not in FORMATS:
+            ending = ""
+        if wanted and ending and wanted != ending:
             transcribe_parser.error(f"--output {arguments.output} and the format {wanted} differ; change one of them.")
-        arguments.format = wanted or (ending[1:] if ending[1:] in FORMATS else "txt")
+        arguments.format = wanted or ending or "txt"
         if arguments.times and arguments.format == "txt":
             transcribe_parser.error("--times has no meaning in plain text; pass --format json, srt or vtt.")
     return arguments

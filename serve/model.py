@@ -108,7 +108,7 @@ class Manager(ModelManager):
         check_name(self, model_id_and_revision)
         return self.served
 
-    def process_model_name(self, model_id: str) -> str:  # type: ignore[override]
+    def process_model_name(self, model_id: str) -> str:  # type: ignore[override]  # theirs is static
         """Returns the name as it is; the served model has one revision, the one that was loaded. Others are a 404."""
         check_name(self, model_id)
         return model_id
