@@ -227,6 +227,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of noises: 0.wav of 31 s, 1.wav and 2.wav of 1 and 2 s."""
+    folder = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    for number, seconds in enumerate((31, 1, 2)):
+        soundfile.write(folder / f"{number}.wav", 0.1 * rng.standard_normal(seconds * RATE), RATE)
+    return folder
+
+
 def write_rows(path: Path, rows: list) -> Path:
     """Writes JSON lines; a row that is a string is written as it is."""
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
