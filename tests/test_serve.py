@@ -1,7 +1,6 @@
 """`fastlongspeech serve` on loopback, asked by OpenAI's own client. What the demo model should answer comes from the
 model itself, called without any server."""
 
-import asyncio
 import base64
 import functools
 import io
@@ -23,8 +22,6 @@ import uvicorn
 
 from fastlongspeech import FastLongSpeechForConditionalGeneration, FastLongSpeechProcessor, load_recording
 from fastlongspeech.serve.command import build
-from fastlongspeech.serve.fields import StoppingQueue
-from fastlongspeech.serve.recordings import Recordings
 
 ROOT = Path(__file__).parents[1]
 MODEL = str(ROOT / "checkpoints" / "fastlongspeech-demo")
@@ -155,15 +152,6 @@ def test_a_stop_string_is_no_part_of_the_answer(client: Client, stop: Any) -> No
     assert text_of(ask(client, turn(heard(DEMO), ARRIVAL), stop=stop)) == expected
     stream = ask(client, turn(heard(DEMO), ARRIVAL), stop=stop, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected
-
-
-def test_what_may_begin_a_stop_string_is_held_back() -> None:
-    pieces: asyncio.Queue = asyncio.Queue()
-    for piece in ("a b", "b", " c<", "e", "nd>x", "y", None):
-        pieces.put_nowait(piece)
-    queue = StoppingQueue(pieces, ["<end>", "bbb"])
-    got = iter(queue.get_nowait, None)
-    assert list(got) == ["a ", "", "bb c", "", "", "", ""]
 
 
 def test_a_temperature_samples(client: Client, app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,37 +371,6 @@ def test_a_recording_is_encoded_once(client: Client, encodings: list[int]) -> No
     ask(client, turn(part, FOOD), tokens=3, extra_body={"target_length": 50})
     client.audio.transcriptions.create(model=MODEL, file=("noise.wav", noise(31, 5)))
     assert sum(encodings) == 2
-
-
-def test_what_was_used_least_recently_goes_first() -> None:
-    processor = FastLongSpeechProcessor.from_pretrained(MODEL)
-    model = FastLongSpeechForConditionalGeneration.from_pretrained(MODEL).eval()
-    gone = threading.Event()
-    of_one = 50 * (256 * 4 + 16)  # frames of 2 s, each of 256 float32 and two float64
-    recordings = Recordings(processor, LIMIT, keep_bytes=2 * of_one)
-    contents = [noise(2, seed) for seed in range(3)]
-
-    def hear(number: int) -> Any:
-        recording = recordings.take(contents[number])
-        recordings.encode(recording, model, gone)
-        return recording
-
-    first, second = hear(0), hear(1)
-    assert first.nbytes == of_one
-    assert hear(0) is first  # used again
-    hear(2)
-    assert recordings.take(contents[0]) is first
-    assert recordings.take(contents[1]) is not second
-
-
-def test_nothing_is_kept_with_no_room() -> None:
-    processor = FastLongSpeechProcessor.from_pretrained(MODEL)
-    model = FastLongSpeechForConditionalGeneration.from_pretrained(MODEL).eval()
-    recordings = Recordings(processor, LIMIT, keep_bytes=0)
-    first = recordings.take(noise(1, 0))
-    assert recordings.take(noise(1, 0)) is first  # two requests at once share their work
-    recordings.encode(first, model, threading.Event())
-    assert recordings.take(noise(1, 0)) is not first
 
 
 # Transcripts
